@@ -1,0 +1,1 @@
+"""Models: NNX modules and their layouts; no file I/O, no training, no sampling."""
