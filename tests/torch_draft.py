@@ -1,32 +1,16 @@
 """The DFlash draft in plain PyTorch: the reference that the JAX draft is compared with.
 
-Written from the method's description (arXiv 2602.06036) and not from the package: float32, one dense mask made by a
-plain Python loop, no cache, default rotary embedding only. `state_dict()` has the tensor names and [out, in] layouts of
+Written from the method's description (arXiv 2602.06036) and not from the package, of which only the configuration is
+read: float32, one dense mask made by a plain Python loop, no cache, default rotary embedding only. `state_dict()` has the tensor names and [out, in] layouts of
 a released draft folder.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-
-class DraftShape(Protocol):
-    """What is read of a draft's configuration; `specjax.models.dflash.DFlashConfig` has it all."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    target_layer_ids: tuple[int, ...]
-    layer_types: tuple[str, ...]
-    sliding_window: int | None
-    sliding_causal: bool
+from specjax.models.dflash import DFlashConfig
 
 
 def visibility(
@@ -64,7 +48,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, shape: DraftShape):
+    def __init__(self, shape: DFlashConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
         self.q_proj = nn.Linear(shape.hidden_size, self.heads * self.head_dim, bias=False)
@@ -89,7 +73,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, shape: DraftShape):
+    def __init__(self, shape: DFlashConfig):
         super().__init__()
         self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
         self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
@@ -100,7 +84,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, shape: DraftShape):
+    def __init__(self, shape: DFlashConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = Attention(shape)
@@ -113,11 +97,11 @@ class Layer(nn.Module):
 
 
 class TorchDraft(nn.Module):
-    """The draft network; `theta` is the rotary base, which `DFlashConfig` keeps in `rope.theta`."""
+    """The draft network of a configuration without rope scaling."""
 
-    def __init__(self, shape: DraftShape, theta: float):
+    def __init__(self, shape: DFlashConfig):
         super().__init__()
-        self.shape, self.theta = shape, theta
+        self.shape = shape
         self.fc = nn.Linear(len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
@@ -145,7 +129,7 @@ class TorchDraft(nn.Module):
 
     def _angles(self, positions: Tensor) -> Tensor:
         exponents = torch.arange(0, self.shape.head_dim, 2).float() / self.shape.head_dim
-        return positions.float()[:, None] / self.theta**exponents
+        return positions.float()[:, None] / self.shape.rope.theta**exponents
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
