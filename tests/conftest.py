@@ -1,0 +1,19 @@
+"""Test-wide environment: eight virtual CPU devices, full fp32 products, compiled programs kept between runs.
+
+The variables are set before jax is imported, and reach the processes that tests start.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+COMPILATION_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # else an installed libtpu is started
+if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=8".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the default skips programs compiled in under 1 s
+os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
