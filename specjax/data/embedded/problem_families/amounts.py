@@ -1,0 +1,226 @@
+"""Problems about money and about things that are bought, shared, packed or counted."""
+
+from collections.abc import Callable
+
+from specjax.data.embedded.problem_families.drawing import Draw, Values, divide, minus, plus, times
+
+GOODS = (
+    "apples",
+    "pencils",
+    "books",
+    "cakes",
+    "candles",
+    "balls",
+    "hats",
+    "cups",
+    "stamps",
+    "flowers",
+    "lamps",
+    "pens",
+)
+SWEETS = ("sweets", "marbles", "cards", "stickers", "shells", "nuts", "coins", "buttons", "beads", "cherries")
+TREATS = ("bicycle", "guitar", "camera", "tent", "drum", "watch", "telescope", "scooter", "keyboard", "kite")
+GROUPS = ("friends", "children", "cousins", "players", "guests", "pupils")
+BOXES = ("boxes", "bags", "baskets", "trays", "crates", "jars")
+
+
+def _shopping(draw: Draw) -> Values:
+    n, p, m, q = draw.number(2, 9), draw.number(2, 12), draw.number(2, 9), draw.number(2, 12)
+    first, second = draw.several(GOODS, 2)
+    return draw.people() | {
+        "n": n,
+        "p": p,
+        "m": m,
+        "q": q,
+        "first": first,
+        "second": second,
+        "work": times(p, n),
+        "work2": times(q, m),
+        "sum": plus(n * p, m * q),
+        "answer": n * p + m * q,
+    }
+
+
+def _change(draw: Draw) -> Values:
+    n, p = draw.number(2, 9), draw.number(2, 10)
+    note = draw.one_of([note for note in (20, 50, 100) if note > n * p])
+    return draw.people() | {
+        "n": n,
+        "p": p,
+        "note": note,
+        "goods": draw.one_of(GOODS),
+        "work": times(p, n),
+        "rest": minus(note, n * p),
+        "answer": note - n * p,
+    }
+
+
+def _saving(draw: Draw) -> Values:
+    start, p, n = draw.number(5, 60), draw.number(2, 12), draw.number(3, 9)
+    return draw.people() | {
+        "start": start,
+        "p": p,
+        "n": n,
+        "treat": draw.one_of(TREATS),
+        "work": times(p, n),
+        "sum": plus(start, n * p),
+        "answer": start + n * p,
+    }
+
+
+def _weeks_to_save(draw: Draw) -> Values:
+    p, n, have = draw.number(3, 12), draw.number(2, 12), draw.number(5, 40)
+    return draw.people() | {
+        "p": p,
+        "have": have,
+        "price": n * p + have,
+        "treat": draw.one_of(TREATS),
+        "rest": minus(n * p + have, have),
+        "work": divide(n * p, p),
+        "answer": n,
+    }
+
+
+def _discount(draw: Draw) -> Values:
+    percent = draw.one_of((10, 20, 25, 50))
+    step = 100 // percent
+    price = step * draw.number(3, 160 // step)
+    return draw.people() | {
+        "percent": percent,
+        "price": price,
+        "treat": draw.one_of(TREATS),
+        "step": step,
+        "work": divide(price, step),
+        "rest": minus(price, price // step),
+        "answer": price - price // step,
+    }
+
+
+def _sharing(draw: Draw) -> Values:
+    each, k, kept = draw.number(2, 12), draw.number(3, 9), draw.number(2, 20)
+    return draw.people() | {
+        "k": k,
+        "kept": kept,
+        "total": each * k + kept,
+        "sweets": draw.one_of(SWEETS),
+        "group": draw.one_of(GROUPS),
+        "rest": minus(each * k + kept, kept),
+        "work": divide(each * k, k),
+        "answer": each,
+    }
+
+
+def _leftover(draw: Draw) -> Values:
+    k, boxes = draw.number(4, 9), draw.number(2, 12)
+    left = draw.number(2, k - 1)
+    return draw.people() | {
+        "k": k,
+        "boxes": boxes,
+        "total": k * boxes + left,
+        "goods": draw.one_of(GOODS),
+        "box": draw.one_of(BOXES),
+        "work": times(boxes, k),
+        "rest": minus(k * boxes + left, k * boxes),
+        "answer": left,
+    }
+
+
+def _wages(draw: Draw) -> Values:
+    rate, hours, bonus = draw.number(6, 15), draw.number(3, 9), draw.number(5, 30)
+    return draw.people() | {
+        "rate": rate,
+        "hours": hours,
+        "bonus": bonus,
+        "work": times(rate, hours),
+        "sum": plus(rate * hours, bonus),
+        "answer": rate * hours + bonus,
+        "job": draw.one_of(
+            ("washes cars", "paints fences", "picks berries", "walks dogs", "sorts letters", "cuts grass")
+        ),
+    }
+
+
+def _jugs(draw: Draw) -> Values:
+    k, n = draw.number(2, 6), draw.number(3, 11)
+    juice = draw.number(2, k * n - 2)
+    return draw.people() | {
+        "juice": juice,
+        "water": k * n - juice,
+        "k": k,
+        "sum": plus(juice, k * n - juice),
+        "work": divide(k * n, k),
+        "answer": n,
+        "drink": draw.one_of(("juice", "syrup", "tea", "milk")),
+    }
+
+
+def _rows(draw: Draw) -> Values:
+    rows, seats, extra = draw.number(3, 9), draw.number(4, 15), draw.number(2, 25)
+    return {
+        "rows": rows,
+        "seats": seats,
+        "extra": extra,
+        "work": times(seats, rows),
+        "sum": plus(rows * seats, extra),
+        "answer": rows * seats + extra,
+        "hall": draw.one_of(("hall", "school", "theatre", "tent", "church", "cinema")),
+    }
+
+
+def _dozens(draw: Draw) -> Values:
+    n = draw.number(2, 9)
+    used = draw.number(3, 12 * n - 4)
+    return draw.people() | {
+        "n": n,
+        "used": used,
+        "work": times(12, n),
+        "rest": minus(12 * n, used),
+        "answer": 12 * n - used,
+        "goods": draw.one_of(("eggs", "rolls", "candles", "roses", "pencils", "oranges")),
+    }
+
+
+def _fraction(draw: Draw) -> Values:
+    part, k = draw.one_of((("half", 2), ("a third", 3), ("a quarter", 4), ("a fifth", 5)))
+    each = draw.number(3, 24)
+    return draw.people() | {
+        "total": each * k,
+        "part": part,
+        "k": k,
+        "work": divide(each * k, k),
+        "rest": minus(each * k, each),
+        "answer": each * k - each,
+        "sweets": draw.one_of(SWEETS),
+    }
+
+
+def _ratio(draw: Draw) -> Values:
+    a, b, each = draw.number(2, 5), draw.number(1, 5), draw.number(2, 9)
+    return {
+        "a": a,
+        "b": b,
+        "total": (a + b) * each,
+        "split": divide((a + b) * each, a + b),
+        "work": times(each, a),
+        "add": plus(a, b),
+        "answer": a * each,
+        "colour": draw.one_of(("blue", "red", "black")),
+        "second": draw.one_of(("white", "yellow", "green")),
+    }
+
+
+DRAWS: dict[str, Callable[[Draw], Values]] = {
+    "shopping": _shopping,
+    "change": _change,
+    "saving": _saving,
+    "weeks_to_save": _weeks_to_save,
+    "discount": _discount,
+    "sharing": _sharing,
+    "leftover": _leftover,
+    "wages": _wages,
+    "jugs": _jugs,
+    "rows": _rows,
+    "dozens": _dozens,
+    "fraction": _fraction,
+    "ratio": _ratio,
+}
