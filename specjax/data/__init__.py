@@ -1,0 +1,1 @@
+"""From files of conversations to batches: `conversations` reads, `chat_template` tokenises, `pipeline` batches."""
