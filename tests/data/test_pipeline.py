@@ -1,0 +1,273 @@
+"""The stream of batches: what a row holds, determinism, resume, processes, and data that cannot be trained on."""
+
+import json
+
+import numpy as np
+import pytest
+
+from specjax.blockdiff.anchors import draw_anchors
+from specjax.data.chat_template import ChatTokenizer
+from specjax.data.conversations import parse_record
+from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
+from specjax.errors import InputError
+
+OPTIONS = {"batch_size": 4, "max_length": 12, "num_anchors": 3, "seed": 7, "epochs": 2}
+
+
+def make_source(count, *, start=3):
+    """Sample i holds 5 + i % 11 tokens 100 * i, 100 * i + 1, ..., supervised from `start` on."""
+    lengths = [5 + i % 11 for i in range(count)]
+    return [(100 * i + np.arange(length), np.arange(length) >= start) for i, length in enumerate(lengths)]
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def assert_same_stream(found, expected):
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert_same(a, b)
+
+
+def stream_ids(data, count):
+    """The sample ids of the first `count` rows."""
+    ids = np.concatenate([data.batch(step)["sample_id"] for step in range(-(-count // 4))])
+    return ids[:count].tolist()
+
+
+def test_a_row_is_the_truncated_padded_sample_with_its_anchors():
+    source = make_source(11)
+    for batch in TrainingData(source, **OPTIONS).batches(0):
+        for name, dtype in {
+            "input_ids": "int32",
+            "loss_mask": "bool",
+            "document_ids": "int32",
+            "anchors": "int32",
+        }.items():
+            assert batch[name].dtype == dtype
+            assert batch[name].shape == (4, 3 if name == "anchors" else 12)
+        assert batch["sample_id"].dtype == batch["epoch"].dtype == np.int32
+        assert batch["anchor_valid"].dtype == bool
+        for row in range(4):
+            sample, epoch = batch["sample_id"][row], batch["epoch"][row]
+            ids, mask = source[sample]
+            length = min(len(ids), 12)
+            padding = 12 - length
+            np.testing.assert_array_equal(batch["input_ids"][row], np.pad(ids[:length], (0, padding)))
+            np.testing.assert_array_equal(batch["loss_mask"][row], np.pad(mask[:length], (0, padding)))
+            np.testing.assert_array_equal(batch["document_ids"][row], np.pad(np.ones(length), (0, padding)))
+            anchors, valid = draw_anchors(
+                batch["loss_mask"][row],
+                batch["document_ids"][row],
+                3,
+                seed=7,
+                epoch=int(epoch),
+                sample_ids=[int(sample)],
+            )
+            np.testing.assert_array_equal(batch["anchors"][row], anchors)
+            np.testing.assert_array_equal(batch["anchor_valid"][row], valid)
+            assert valid.any()
+
+
+def test_without_anchors_a_batch_has_none():
+    batch = TrainingData(make_source(4), **OPTIONS | {"num_anchors": None}).batch(0)
+    assert sorted(batch) == ["document_ids", "epoch", "input_ids", "loss_mask", "sample_id"]
+
+
+def test_each_epoch_is_a_new_order_of_all_samples_without_a_seam():
+    data = TrainingData(make_source(10), **OPTIONS)
+    ids = stream_ids(data, 20)
+    assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
+    assert ids[:10] != ids[10:]
+    assert ids[:10] != list(range(10))
+    assert data.batch(2)["epoch"].tolist() == [0, 0, 1, 1]
+    other = TrainingData(make_source(10), **OPTIONS | {"seed": 8})
+    assert stream_ids(other, 10) != ids[:10]
+
+
+def test_anchors_are_redrawn_each_epoch():
+    source = [(np.arange(12), np.ones(12, bool))]
+    data = TrainingData(source, **OPTIONS | {"batch_size": 1})
+    drawn = {tuple(data.batch(epoch)["anchors"][0]) for epoch in range(8)}
+    assert len(drawn) > 1
+
+
+@pytest.mark.parametrize(
+    ("count", "epochs", "steps_per_epoch", "num_steps"),
+    [(10, 2, 3, 5), (8, 1, 2, 2), (3, 1, 1, 1), (10, 0.5, 3, 2), (10, None, 3, None)],
+)
+def test_length(count, epochs, steps_per_epoch, num_steps):
+    data = TrainingData(make_source(count), **OPTIONS | {"epochs": epochs})
+    assert (data.steps_per_epoch, data.num_steps) == (steps_per_epoch, num_steps)
+    batches = data.batches(0)
+    taken = [batch for batch, _ in zip(batches, range(num_steps or 9), strict=False)]
+    assert len(taken) == (num_steps or 9)
+    assert all(batch["input_ids"].shape == (4, 12) for batch in taken)
+    assert (next(batches, None) is None) == (num_steps is not None)
+
+
+def test_resuming_at_any_step_continues_the_stream():
+    whole = list(TrainingData(make_source(10), **OPTIONS).batches(0))
+    for step in range(len(whole) + 2):
+        resumed = TrainingData(make_source(10), **OPTIONS)
+        assert_same_stream(resumed.batches(step), whole[step:])
+    assert_same(resumed.batch(3), whole[3])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_each_global_batch(process_count):
+    whole = TrainingData(make_source(10), **OPTIONS).batches(0)
+    parts = [
+        TrainingData(make_source(10), **OPTIONS, process_index=p, process_count=process_count).batches(0)
+        for p in range(process_count)
+    ]
+    merged = (
+        # Row r of process p is row r * process_count + p of the global batch.
+        {
+            name: np.stack([part[name] for part in local], axis=1).reshape(whole_shape(local[0][name]))
+            for name in local[0]
+        }
+        for local in zip(*parts, strict=True)
+    )
+    assert_same_stream(merged, whole)
+
+
+def whole_shape(local):
+    return (4, *local.shape[1:])
+
+
+def test_samples_without_supervision_weigh_nothing():
+    source = make_source(8)
+    source[0] = (np.arange(6), np.zeros(6, bool))  # no answer
+    source[1] = (np.arange(30), np.arange(30) >= 12)  # truncated to its prompt
+    source[2] = (np.arange(6), np.arange(6) == 3)  # a single token holds no block
+    source[3] = (np.arange(0), np.zeros(0, bool))
+    rows = list(TrainingData(source, **OPTIONS | {"epochs": 1}).batches(0))
+    valid = {
+        int(i): bool(v.any()) for batch in rows for i, v in zip(batch["sample_id"], batch["anchor_valid"], strict=True)
+    }
+    assert valid == {i: i >= 4 for i in range(8)}
+
+
+@pytest.mark.parametrize("num_anchors", [3, None])
+@pytest.mark.parametrize(
+    "sample",
+    [(np.arange(6), np.zeros(6, bool)), (np.arange(30), np.arange(30) >= 12), (np.arange(6), np.arange(6) == 0)],
+    ids=["no answer", "truncated away", "first token only"],
+)
+def test_data_without_any_supervision_is_refused(sample, num_anchors):
+    options = OPTIONS | {"num_anchors": num_anchors}
+    with pytest.raises(InputError, match="none of the first 5 samples has supervised tokens"):
+        TrainingData([sample] * 5, **options)
+    with pytest.raises(InputError, match="none of the first 5 samples has supervised tokens"):
+        fixed_batches([sample] * 5, 9, batch_size=4, max_length=12, num_anchors=num_anchors)
+    assert TrainingData([sample] * 4 + make_source(1), **options).batch(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 6, "process_count": 4}, "batch_size is 6; give a positive multiple of the 4 processes"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"process_index": 1}, "process_index is 1 of 1 processes"),
+        ({"seed": -1}, "seed is -1"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"max_length": 1}, "max_length is 1"),
+        ({"source": []}, "no samples"),
+    ],
+)
+def test_bad_arguments_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        TrainingData(**{"source": make_source(4)} | OPTIONS | change)
+
+
+def test_fixed_batches_are_the_same_rows_each_time_and_pad_the_last():
+    options = {"batch_size": 4, "max_length": 12, "num_anchors": 3}
+    batches = fixed_batches(make_source(10), 6, **options)
+    assert_same_stream(fixed_batches(make_source(10), 6, **options), batches)
+    ids = np.concatenate([batch["sample_id"] for batch in batches]).tolist()
+    assert len(set(ids[:6])) == 6
+    assert ids[6:] == [-1, -1]
+    assert sorted(ids[:6]) != list(range(6))  # a choice from the whole source
+    assert not batches[1]["document_ids"][2:].any()
+    assert not batches[1]["anchor_valid"][2:].any()
+    assert batches[1]["anchor_valid"][:2].any(axis=1).all()
+    assert not batches[0]["epoch"].any()
+    assert [len(fixed_batches(make_source(3), count, **options)) for count in (1, 3, 50)] == [1, 1, 1]
+    parts = [fixed_batches(make_source(10), 6, **options, process_index=p, process_count=2) for p in range(2)]
+    for step, batch in enumerate(batches):
+        for p in range(2):
+            assert_same(parts[p][step], {name: values[p::2] for name, values in batch.items()})
+    with pytest.raises(InputError, match="evaluation samples: 0"):
+        fixed_batches(make_source(10), 0, **options)
+
+
+def write_jsonl(path, records):
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return path
+
+
+def pretokenized(source):
+    return [{"input_ids": ids.tolist(), "loss_mask": mask.tolist()} for ids, mask in source]
+
+
+def test_jsonl_of_conversations_and_token_ids_becomes_batches(tmp_path, make_tokenizer, chatml):
+    tokenizer = make_tokenizer(chatml)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}, *pretokenized(make_source(1))])
+    examples = read_examples([path], tokenizer)
+    data = TrainingData(examples, **OPTIONS | {"batch_size": 2, "max_length": 64})
+    batch = data.batch(0)
+    row = batch["sample_id"].tolist().index(0)
+    supervised = batch["input_ids"][row][batch["loss_mask"][row]]
+    assert tokenizer.decode(supervised) == "yo<|im_end|>"
+    np.testing.assert_array_equal(batch["input_ids"][1 - row][:5], np.arange(5))
+
+
+def test_errors_of_a_sample_name_file_and_line(tmp_path, make_tokenizer, chatml):
+    tokenizer = make_tokenizer(chatml.partition("{% if")[0])
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [
+            *pretokenized(make_source(1)),
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]},
+        ],
+    )
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: the chat template ignores"):
+        TrainingData(read_examples([path], tokenizer), **OPTIONS)
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: a conversation needs a tokenizer"):
+        TrainingData(read_examples([path], None), **OPTIONS)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_for_both_kinds_of_record(make_tokenizer, chatml):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    records = [
+        parse_record({"messages": turns}, "line 1"),
+        parse_record({"input_ids": [300], "loss_mask": [1]}, "line 2"),
+    ]
+    chat = ChatTokenizer(make_tokenizer(chatml))
+    for vocab_size, refused in ((260, [0, 1]), (262, [1]), (301, [])):
+        examples = TokenizedExamples(records, chat, vocab_size=vocab_size)
+        for i in range(2):
+            if i in refused:
+                with pytest.raises(InputError, match=f"line {i + 1}: .* outside the vocabulary of {vocab_size} ids"):
+                    examples[i]
+            else:
+                assert len(examples[i][0])
+
+
+def test_a_bad_line_met_while_training_raises_from_the_stream(tmp_path):
+    source = make_source(300)
+    late = TrainingData(source, **OPTIONS).batch(70)["sample_id"][0]  # beyond the samples checked at the start
+    records = pretokenized(source)
+    records[late]["loss_mask"].append(True)
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    data = TrainingData(read_examples([path], None), **OPTIONS)
+    batches = data.batches(69)
+    next(batches)
+    with pytest.raises(InputError, match=rf"a\.jsonl, line {late + 1}: input_ids has"):
+        next(batches)
