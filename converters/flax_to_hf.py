@@ -1,0 +1,81 @@
+"""Orbax checkpoint or training run -> Hugging Face folder.
+
+`python -m converters.flax_to_hf CHECKPOINT_OR_RUN OUT [--format zlab|hf] [--step best|N] [--dtype DTYPE]`
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from converters import copy_side_files
+from specjax.errors import InputError, exit_on_input_error
+from specjax.models.decoder import Decoder
+from specjax.models.dflash import DFlashDraft
+from specjax.weights import load_checkpoint, load_run_params, read_fingerprint, save_draft, save_target
+from specjax.weights.config_fields import IGNORED, read_json
+from specjax.weights.load import CONFIG_FILE
+from specjax.weights.orbax_checkpoint import CHECKPOINT, RUN_CHECKPOINTS, checkpoint_dtype
+
+DTYPES = ("bfloat16", "float16", "float32")
+# Fields of the source's config.json that describe its old file and not the model.
+DROPPED_FIELDS = {"_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version"}
+
+
+def step_argument(text: str) -> str | int:
+    if text == "best":
+        return text
+    if text.isdigit():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a step number nor 'best'")
+
+
+@exit_on_input_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Exports a draft to the z-lab layout or a target to transformers' layout."""
+    parser = argparse.ArgumentParser(prog="python -m converters.flax_to_hf", description=__doc__)
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN", help="output of hf_to_flax, or a training run's folder")
+    parser.add_argument("out", metavar="OUT", help="folder to write; other files in it stay")
+    parser.add_argument("--format", choices=("zlab", "hf"), help="zlab for drafts, hf for targets (default: what fits)")
+    parser.add_argument("--step", type=step_argument, help="of a run: a step number, or best (default: the latest)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of --format hf (default: a checkpoint's own; bfloat16 of runs)"
+    )
+    args = parser.parse_args(argv)
+    source, out = Path(args.source), Path(args.out)
+    module, dtype, extra_config = _read(source, args.step)
+    expected = "zlab" if isinstance(module, DFlashDraft) else "hf"
+    if args.format not in (None, expected):
+        raise InputError(f"{source}: holds a {type(module).__name__}; use --format {expected}, not {args.format}")
+    if isinstance(module, DFlashDraft):
+        if args.dtype not in (None, "bfloat16"):
+            raise InputError(f"--dtype {args.dtype}: the z-lab layout is bfloat16; leave --dtype out")
+        save_draft(module, out, fingerprint=read_fingerprint(source))
+    else:
+        save_target(module, out, jnp.dtype(args.dtype) if args.dtype else dtype, extra_config=extra_config)
+    if jax.process_index() == 0:
+        copy_side_files(source, out)
+        print(f"{source} -> {out}")
+
+
+def _read(source: Path, step: Any) -> tuple[Decoder | DFlashDraft, Any, dict[str, Any]]:
+    """(model, dtype to write, fields of its config.json to keep)."""
+    if (source / RUN_CHECKPOINTS).is_dir():
+        return load_run_params(source, step), jnp.bfloat16, {}
+    if not (source / CHECKPOINT).is_dir():
+        raise InputError(f"{source}: neither a checkpoint of hf_to_flax ({CHECKPOINT}/) nor a run ({RUN_CHECKPOINTS}/)")
+    if step is not None:
+        raise InputError(f"--step {step}: {source} is a single checkpoint; leave --step out")
+    dtype = checkpoint_dtype(source)
+    raw = read_json(source / CONFIG_FILE)
+    kept = {name: value for name, value in raw.items() if name in IGNORED and name not in DROPPED_FIELDS}
+    return load_checkpoint(source, dtype=dtype), dtype, kept
+
+
+if __name__ == "__main__":
+    main()

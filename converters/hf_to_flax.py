@@ -1,0 +1,34 @@
+"""Hugging Face folder -> Orbax checkpoint: `python -m converters.hf_to_flax HF_FOLDER OUT`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import jax
+
+from converters import copy_side_files
+from specjax.errors import exit_on_input_error
+from specjax.weights import is_draft_config, load_draft, load_target, model_folder, save_checkpoint, weights_dtype
+from specjax.weights.config_fields import read_json
+from specjax.weights.load import CONFIG_FILE
+
+
+@exit_on_input_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Converts a target or z-lab draft, in the dtype of its files."""
+    parser = argparse.ArgumentParser(prog="python -m converters.hf_to_flax", description=__doc__)
+    parser.add_argument("hf_folder", metavar="HF_FOLDER", help="model folder or hub id, of a target or a z-lab draft")
+    parser.add_argument("out", metavar="OUT", help="new folder for the Orbax checkpoint and config.json")
+    args = parser.parse_args(argv)
+    folder = model_folder(args.hf_folder)
+    raw = read_json(folder / CONFIG_FILE)
+    load = load_draft if is_draft_config(raw) else load_target
+    out = save_checkpoint(load(folder, dtype=weights_dtype(folder)), args.out, raw)
+    if jax.process_index() == 0:
+        copy_side_files(folder, out)
+        print(f"{folder} -> {out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Weights: Hugging Face folders and Orbax checkpoints <-> modules."""
+
+from specjax.weights.draft_config import (
+    check_draft_matches,
+    draft_config_from_hf,
+    draft_config_to_hf,
+    is_draft_config,
+)
+from specjax.weights.fingerprint import (
+    TargetFingerprint,
+    fingerprint_warning,
+    read_fingerprint,
+    target_fingerprint,
+)
+from specjax.weights.hf_config import decoder_config_from_hf, decoder_config_to_hf
+from specjax.weights.load import (
+    load_draft,
+    load_target,
+    read_draft_config,
+    read_target_config,
+    weights_dtype,
+)
+from specjax.weights.module_params import flat_params, with_params
+from specjax.weights.orbax_checkpoint import load_checkpoint, load_run_params, save_checkpoint
+from specjax.weights.safetensors_files import model_folder
+from specjax.weights.save import save_draft, save_target
+
+__all__ = [
+    "TargetFingerprint",
+    "check_draft_matches",
+    "decoder_config_from_hf",
+    "decoder_config_to_hf",
+    "draft_config_from_hf",
+    "draft_config_to_hf",
+    "fingerprint_warning",
+    "flat_params",
+    "is_draft_config",
+    "load_checkpoint",
+    "load_draft",
+    "load_run_params",
+    "load_target",
+    "model_folder",
+    "read_draft_config",
+    "read_fingerprint",
+    "read_target_config",
+    "save_checkpoint",
+    "save_draft",
+    "save_target",
+    "target_fingerprint",
+    "weights_dtype",
+    "with_params",
+]

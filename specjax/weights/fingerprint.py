@@ -1,0 +1,87 @@
+"""Which target a draft was trained for: recorded at export, compared at decoding.
+
+A draft beside the wrong target, chat template or thinking mode decodes correctly and slowly, and nothing else shows
+it: the output is the target's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from specjax.errors import InputError
+from specjax.models.decoder import Decoder
+from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
+from specjax.weights.config_fields import read_json
+
+FINGERPRINT_FILE = "specjax.json"
+SAMPLED_ROWS = 16
+
+MEANING = {
+    "embedding": "the target's weights differ",
+    "chat_template": "the chat template differs",
+    "thinking": "the thinking mode differs",
+}
+
+
+@dataclass(frozen=True)
+class TargetFingerprint:
+    """embedding: hash of embedding rows in bf16; chat_template: hash of its text; thinking: mode of the chat.
+
+    A field that is None was not known when the fingerprint was taken, and is not compared.
+    """
+
+    embedding: str
+    chat_template: str | None = None
+    thinking: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"target_fingerprint": asdict(self)}
+
+
+def target_fingerprint(
+    target: Decoder, *, chat_template: str | None = None, thinking: str | None = None
+) -> TargetFingerprint:
+    """The fingerprint of `target` as it is served; equal whether it was loaded in bf16 or fp32, on any mesh."""
+    rows = np.linspace(0, target.config.vocab_size - 1, SAMPLED_ROWS).astype(np.int32)
+    with mesh_scope():
+        copies = np.tile(rows, (axis_size(*BATCH), 1))
+        embedded = target.embed(put(copies, SPECS.act_bt)).astype(jnp.bfloat16)
+        values = np.asarray(jax.block_until_ready(embedded).addressable_shards[0].data)[0]
+    template = None if chat_template is None else _hash(chat_template.encode())
+    return TargetFingerprint(_hash(values.astype(ml_dtypes.bfloat16).tobytes()), template, thinking)
+
+
+def read_fingerprint(folder: str | Path) -> TargetFingerprint | None:
+    """The fingerprint recorded in a draft folder or training run; None where there is no `specjax.json`."""
+    path = Path(folder) / FINGERPRINT_FILE
+    if not path.exists():
+        return None
+    value = read_json(path).get("target_fingerprint")
+    if not isinstance(value, dict) or set(value) != {f.name for f in fields(TargetFingerprint)}:
+        raise InputError(f"{path}: target_fingerprint is {value!r}; delete the file or export the draft again")
+    return TargetFingerprint(**value)
+
+
+def fingerprint_warning(recorded: TargetFingerprint | None, served: TargetFingerprint) -> str | None:
+    """One sentence naming what differs between the target a draft was trained for and the one served, or None."""
+    if recorded is None:
+        return None
+    pairs = ((f.name, getattr(recorded, f.name), getattr(served, f.name)) for f in fields(TargetFingerprint))
+    differing = [MEANING[name] for name, a, b in pairs if a is not None and b is not None and a != b]
+    if not differing:
+        return None
+    return (
+        f"the draft was trained for another target: {'; '.join(differing)}. Output stays exact, but expect it slower."
+    )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,115 @@
+"""Orbax checkpoints: converted models (`CHECKPOINT/config.json` + `CHECKPOINT/checkpoint/`) and training runs.
+
+A run folder holds `draft_config.json` or `target_config.json` (what the exported config.json will be) and
+`checkpoints/STEP/`, written by `orbax.checkpoint.v1.training.Checkpointer`. In both, the checkpointable `params` is
+`flat_params(module)`: arrays by dotted path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from specjax.errors import InputError
+from specjax.models.decoder import Decoder
+from specjax.models.dflash import DFlashDraft
+from specjax.models.sharding import mesh_scope
+from specjax.weights.config_fields import read_json
+from specjax.weights.draft_config import draft_config_from_hf, is_draft_config
+from specjax.weights.hf_config import decoder_config_from_hf
+from specjax.weights.load import CONFIG_FILE
+from specjax.weights.module_params import abstract_module, flat_params, with_params
+
+PARAMS = "params"
+CHECKPOINT = "checkpoint"
+RUN_CHECKPOINTS = "checkpoints"
+RUN_DRAFT_CONFIG = "draft_config.json"
+RUN_TARGET_CONFIG = "target_config.json"
+SCORE = "score"  # the metric, higher is better, by which a run's best checkpoint is chosen
+
+
+def save_checkpoint(module: nnx.Module, folder: str | Path, config: Mapping[str, Any]) -> Path:
+    """Writes `module` as an Orbax checkpoint with its Hugging Face style `config`."""
+    folder = Path(folder)
+    if folder.exists():
+        raise InputError(f"{folder}: exists; give a new folder")
+    folder.mkdir(parents=True)
+    with mesh_scope():
+        ocp.save_checkpointables((folder / CHECKPOINT).absolute(), {PARAMS: flat_params(module)})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def load_checkpoint(folder: str | Path, *, dtype: Any = jnp.bfloat16) -> Decoder | DFlashDraft:
+    """The model `save_checkpoint` wrote, in `dtype`, on the mesh in force."""
+    folder = Path(folder)
+    return _load(folder / CHECKPOINT, folder / CONFIG_FILE, dtype)
+
+
+def checkpoint_dtype(folder: str | Path) -> Any:
+    """The widest dtype among a converted checkpoint's parameters, which holds all of them exactly."""
+    try:
+        metadata = ocp.checkpointables_metadata((Path(folder) / CHECKPOINT).absolute()).metadata[PARAMS]
+    except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
+        raise InputError(f"{folder}: holds no readable checkpoint ({_first_line(error)})") from error
+    return jnp.result_type(*{jnp.dtype(leaf.dtype) for leaf in metadata.values()})
+
+
+def load_run_params(
+    run_folder: str | Path, step: Literal["best"] | int | None = None, *, dtype: Any = jnp.float32
+) -> Decoder | DFlashDraft:
+    """The model a training run saved at `step` (None: the latest; "best": the highest `score` metric).
+
+    Raises:
+        InputError: the folder is no run, or has no such checkpoint (those it has are listed).
+    """
+    run = Path(run_folder)
+    configs = [run / name for name in (RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG) if (run / name).exists()]
+    if not configs or not (run / RUN_CHECKPOINTS).is_dir():
+        raise InputError(f"{run}: no training run ({RUN_DRAFT_CONFIG} or {RUN_TARGET_CONFIG}, and {RUN_CHECKPOINTS}/)")
+    return _load(checkpoint_path(run, step), configs[0], dtype)
+
+
+def checkpoint_path(run: Path, step: Literal["best"] | int | None) -> Path:
+    """The folder of a run's checkpoint; errors as `load_run_params`'s."""
+    with ocp.training.Checkpointer((run / RUN_CHECKPOINTS).absolute()) as checkpointer:
+        saved = list(checkpointer.checkpoints)
+    if step == "best":
+        found = [c for c in saved if c.metrics and SCORE in c.metrics]
+        found = sorted(found, key=lambda c: (c.metrics[SCORE], c.step))[-1:]
+    else:
+        found = [c for c in saved if step is None or c.step == step][-1:]
+    if not found:
+        wanted = "latest checkpoint" if step is None else f"checkpoint {step!r}"
+        steps = ", ".join(str(c.step) for c in saved) or "none"
+        raise InputError(f"{run}: has no {wanted}; saved steps: {steps}")
+    return Path(found[0].path)
+
+
+def _load(checkpoint: Path, config_file: Path, dtype: Any) -> Decoder | DFlashDraft:
+    raw = read_json(config_file)
+    build: Any
+    if is_draft_config(raw):
+        build = partial(DFlashDraft, draft_config_from_hf(raw, str(config_file)))
+    else:
+        build = partial(Decoder, decoder_config_from_hf(raw, str(config_file)))
+    dtype = jnp.dtype(dtype)
+    with mesh_scope():
+        abstract = abstract_module(lambda: build(rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        try:
+            restored = ocp.load_checkpointables(checkpoint.absolute(), {PARAMS: flat_params(abstract)})
+        except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
+            reason = _first_line(error)
+            raise InputError(f"{checkpoint}: is not a checkpoint of {config_file.name}'s model ({reason})") from error
+        return with_params(abstract, restored[PARAMS])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
