@@ -1,0 +1,308 @@
+"""The run config: typed, strict, from YAML with `section.key=value` overrides.
+
+Importing this module starts no JAX, so a mistake in a config is reported at once. Defaults are the DFlash recipe
+(arXiv 2602.06036, section 5 and appendix); a config file states only what differs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from specjax.errors import InputError
+
+DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}
+EMBEDDED = "embedded"
+
+
+class Section(BaseModel):
+    """A strict, immutable group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TargetConfig(Section):
+    path: str = Field(description="Hugging Face folder or hub id of the target, or 'embedded'")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="compute dtype of target and draft; auto: bfloat16 on accelerators, float32 on CPU"
+    )
+
+
+class DraftConfig(Section):
+    num_layers: int = Field(5, ge=1, description="draft layers")
+    num_taps: int | None = Field(5, ge=1, description="tapped target layers, spread evenly; null with target_layer_ids")
+    target_layer_ids: tuple[int, ...] | None = Field(None, description="tapped target layers, zero-based")
+    block_size: int = Field(16, ge=2, description="slots of a block: the anchor and block_size - 1 drafted tokens")
+    mask_token_id: int | None = Field(
+        None, ge=0, description="null: the tokenizer's mask token, else the first embedding row without a token"
+    )
+    sliding_window: int | None = Field(None, ge=1, description="tokens; null: full attention in every draft layer")
+
+    @model_validator(mode="after")
+    def _taps(self) -> DraftConfig:
+        if self.target_layer_ids is not None and self.num_taps not in (None, len(self.target_layer_ids)):
+            if "num_taps" in self.model_fields_set:
+                raise ValueError(
+                    f"num_taps is {self.num_taps}, but target_layer_ids lists {len(self.target_layer_ids)}; drop one"
+                )
+        elif self.target_layer_ids is None and self.num_taps is None:
+            raise ValueError("give num_taps or target_layer_ids")
+        return self
+
+
+class DataConfig(Section):
+    train: tuple[str, ...] = Field(min_length=1, description="JSONL files or globs of conversations or token ids")
+    validation: tuple[str, ...] = Field((), description="JSONL files or globs, held out")
+    max_length: int = Field(3072, ge=2, description="tokens a row; longer conversations are cut")
+    num_anchors: int = Field(512, ge=1, description="training blocks a row of max_length tokens")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="passed to the chat template, as the server will (e.g. enable_thinking)"
+    )
+
+
+class LossConfig(Section):
+    objective: Literal["ce"] = Field("ce", description="cross-entropy with the data token")
+    weighting: Literal["exp", "uniform", "dpace"] = Field("exp", description="weights of a block's positions")
+    gamma: float | None = Field(None, gt=0, description="exp only; null: 7, 5, 4 for block size 16, 10, 8")
+    alpha: float | None = Field(None, ge=0, le=1, description="dpace only; null: 0.5")
+    cumulative_mask: bool = Field(True, description="stop a block's supervision at its first unsupervised token")
+    chunk_blocks: int = Field(32, ge=1, description="blocks a row whose logits exist at a time")
+
+    @model_validator(mode="after")
+    def _no_ignored_setting(self) -> LossConfig:
+        for name, weighting in (("gamma", "exp"), ("alpha", "dpace")):
+            if getattr(self, name) is not None and self.weighting != weighting:
+                raise ValueError(f"{name} belongs to weighting {weighting!r}, not {self.weighting!r}; drop it")
+        return self
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(6e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="after warm-up: cosine decay, or constant and then linear decay"
+    )
+    warmup_ratio: float = Field(0.04, ge=0, lt=1, description="share of the steps")
+    decay_ratio: float | None = Field(None, gt=0, le=1, description="wsd only; share of the steps; null: 0.2")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over its peak")
+    clip_norm: float = Field(1.0, gt=0, description="global gradient norm")
+
+    @model_validator(mode="after")
+    def _no_ignored_setting(self) -> OptimizerConfig:
+        if self.decay_ratio is not None and self.schedule != "wsd":
+            raise ValueError("decay_ratio belongs to schedule 'wsd'; drop it")
+        return self
+
+
+class TrainingConfig(Section):
+    epochs: float | None = Field(6, gt=0, description="passes over the data; null with steps")
+    steps: int | None = Field(None, ge=1, description="optimizer updates, instead of epochs")
+    batch_size: int = Field(8, ge=1, description="rows a step, over all devices and micro-batches")
+    accumulation_steps: int = Field(1, ge=1, description="micro-batches a step")
+    attention_chunk: int = Field(1024, ge=1, description="queries whose attention scores exist at a time")
+    remat: bool = Field(True, description="recompute layers in the backward pass instead of storing activations")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
+            )
+        if self.steps is not None and self.epochs is not None and "epochs" in self.model_fields_set:
+            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; set one of them to null")
+        if self.steps is None and self.epochs is None:
+            raise ValueError("give steps or epochs")
+        return self
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1)
+    keep_best: int = Field(1, ge=0, description="by evaluation")
+
+
+class EvaluationConfig(Section):
+    every_steps: int = Field(500, ge=1)
+    samples: int = Field(64, ge=1, description="rows of data.validation, the same ones every time")
+
+
+class LoggingConfig(Section):
+    every_steps: int = Field(10, ge=1)
+    tensorboard: bool = True
+    peak_tflops: float | None = Field(
+        None, gt=0, description="of one device in the compute dtype, for MFU; null: from a table of known devices"
+    )
+
+
+class MeshConfig(Section):
+    data: int = Field(-1, ge=-1, description="-1: what the other axes leave")
+    fsdp: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _not_zero(self) -> MeshConfig:
+        if self.data == 0:
+            raise ValueError("data is 0; give -1 (the rest of the devices) or at least 1")
+        return self
+
+
+class RunConfig(Section):
+    """Everything that defines a run."""
+
+    kind: Literal["dflash", "causal_lm"] = Field("dflash", description="train a DFlash draft, or the target itself")
+    output_dir: str = Field(description="folder of the run: checkpoints, logs, resolved config")
+    seed: int = Field(0, ge=0)
+    target: TargetConfig
+    draft: DraftConfig = Field(default_factory=DraftConfig)
+    data: DataConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.kind == "causal_lm":
+            given = [name for name in ("draft", "loss") if name in self.model_fields_set]
+            given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
+            if given:
+                raise ValueError(f"kind causal_lm trains no draft and ignores {', '.join(given)}; drop it")
+        elif self.loss.weighting == "exp" and self.loss.gamma is None and self.draft.block_size not in DEFAULT_GAMMAS:
+            raise ValueError(
+                f"loss.gamma has no default for draft.block_size {self.draft.block_size} "
+                f"(known: {', '.join(f'{b}: {g:g}' for b, g in DEFAULT_GAMMAS.items())}); set loss.gamma"
+            )
+        return self
+
+    @property
+    def gamma(self) -> float | None:
+        """Decay of the `exp` weighting, resolved; None for the other weightings."""
+        if self.loss.weighting != "exp":
+            return None
+        return self.loss.gamma or DEFAULT_GAMMAS[self.draft.block_size]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 6e-4 as a string; this loader reads it as the number it is."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run config and applies `section.key=value` overrides (values are YAML).
+
+    Raises:
+        InputError: unreadable file, unknown key (with its nearest neighbour), wrong type or value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a YAML run config, such as those in configs/") from error
+    try:
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: holds {type(raw).__name__}, not a mapping of sections")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
+    """Validates a mapping of sections; errors as `load_config`, with `source` as the file."""
+    try:
+        return RunConfig.model_validate(_tuples(raw))
+    except pydantic.ValidationError as error:
+        raise InputError(f"{source}: " + "\n  ".join(_problems(error))) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved config as YAML; loading it gives an equal config."""
+    raw = config.model_dump(mode="json")
+    if config.kind == "causal_lm":
+        raw = {key: value for key, value in raw.items() if key not in ("draft", "loss")}
+        del raw["data"]["num_anchors"]
+    if raw["training"]["steps"] is not None and "epochs" not in config.training.model_fields_set:
+        raw["training"]["epochs"] = None
+    if config.kind == "dflash" and config.draft.target_layer_ids is not None:
+        raw["draft"]["num_taps"] = None
+    return yaml.safe_dump(raw, sort_keys=False)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r}: write section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not YAML: {error}") from error
+    *sections, name = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise InputError(f"override {override!r}: {section} is not a section")
+    raw[name] = value
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, which strict models take, and whole floats in place of ints stay as they are."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _problems(error: pydantic.ValidationError) -> Iterable[str]:
+    for problem in error.errors():
+        location = tuple(str(part) for part in problem["loc"])
+        name = ".".join(location)
+        if problem["type"] == "extra_forbidden":
+            yield f"unknown key {name}{_neighbour(location)}"
+        elif problem["type"] == "missing":
+            yield f"{name} is missing; set it"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            message = message[0].lower() + message[1:]
+            given = "" if isinstance(problem["input"], Mapping) else f" is {problem['input']!r}"
+            yield f"{name}{given}: {message}" if name else message
+
+
+def _neighbour(location: tuple[str, ...]) -> str:
+    """` (did you mean ...?)` for the key nearest to an unknown one, in its own section first."""
+    section = _section(location[:-1])
+    here = list(section.model_fields) if section else []
+    close = difflib.get_close_matches(location[-1], here, n=1)
+    if close:
+        return f"; did you mean {'.'.join((*location[:-1], close[0]))}?"
+    everywhere = {
+        name: f"{key}.{name}"
+        for key, field in RunConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        for name in field.annotation.model_fields
+    }
+    close = difflib.get_close_matches(location[-1], everywhere, n=1)
+    return f"; did you mean {everywhere[close[0]]}?" if close else f"; known keys: {', '.join(here)}"
+
+
+def _section(location: tuple[str, ...]) -> type[Section] | None:
+    section: Any = RunConfig
+    for part in location:
+        section = section.model_fields[part].annotation
+    return section if isinstance(section, type) and issubclass(section, Section) else None
