@@ -115,7 +115,7 @@ class ChatTokenizer:
         space or further stop tokens that the template writes after it taken away."""
         ends = np.isin(input_ids, self.end_of_turn_ids)
         mask = loss_mask.copy()
-        mask[1:] |= loss_mask[:-1] & ~ends[:-1] & ends[1:]
+        mask[1:] |= loss_mask[:-1] & ends[1:]
         edges = np.flatnonzero(np.diff(np.concatenate([[0], mask, [0]])))
         for start, stop in edges.reshape(-1, 2):
             end = stop
