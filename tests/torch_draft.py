@@ -1,8 +1,8 @@
 """The DFlash draft in plain PyTorch: the reference that the JAX draft is compared with.
 
 Written from the method's description (arXiv 2602.06036) and not from the package, of which only the configuration is
-read: float32, one dense mask made by a plain Python loop, no cache, default rotary embedding only. `state_dict()` has the tensor names and [out, in] layouts of
-a released draft folder.
+read: float32, one dense mask made by a plain Python loop, no cache, default rotary embedding only. `state_dict()` has
+the tensor names and [out, in] layouts of a released draft folder.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import jax
 import jax.numpy as jnp
@@ -135,12 +136,10 @@ def _attend(queries: jax.Array, segments: Sequence[KeySegment], scale: float) ->
     grouped = queries.reshape(b, blocks, q, kv, n // kv, h).transpose(0, 3, 1, 4, 2, 5)
     scores = [_scores(grouped, segment) * scale for segment in segments]
     scores = [jnp.where(_visible(segment), s, MASKED_SCORE) for s, segment in zip(scores, segments, strict=True)]
-    peak = scores[0].max(-1, keepdims=True)
-    for other in scores[1:]:
-        peak = jnp.maximum(peak, other.max(-1, keepdims=True))
-    weights = [jnp.exp(s - jax.lax.stop_gradient(peak)) for s in scores]
-    total = sum(w.sum(-1, keepdims=True) for w in weights)
-    out = sum(_combine(w, segment) for w, segment in zip(weights, segments, strict=True)) / total
+    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
+    weights = [jnp.exp(s - peak) for s in scores]
+    total = reduce(jnp.add, [w.sum(-1, keepdims=True) for w in weights])
+    out = reduce(jnp.add, [_combine(w, segment) for w, segment in zip(weights, segments, strict=True)]) / total
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, blocks, q, n, h).astype(queries.dtype)
 
 

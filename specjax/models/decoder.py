@@ -61,16 +61,20 @@ class DecoderConfig:
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
         check_layer_types(self.layer_types, self.num_hidden_layers, self.sliding_window)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}"
-            )
+        check_heads(self.num_attention_heads, self.num_key_value_heads)
 
     @property
     def block(self) -> BlockConfig:
         names = BlockConfig.__dataclass_fields__
         return BlockConfig(**{name: getattr(self, name) for name in names})
+
+
+def check_heads(num_attention_heads: int, num_key_value_heads: int) -> None:
+    """Raises ValueError unless every key/value head serves the same number of query heads."""
+    if num_attention_heads % num_key_value_heads:
+        raise ValueError(
+            f"num_attention_heads {num_attention_heads} is not a multiple of num_key_value_heads {num_key_value_heads}"
+        )
 
 
 def check_layer_types(layer_types: tuple[str, ...], num_layers: int, sliding_window: int | None) -> None:
@@ -99,7 +103,9 @@ class Attention(nnx.Module):
         def linear(i: int, o: int, spec: jax.sharding.PartitionSpec, use_bias: bool) -> Linear:
             return Linear(i, o, use_bias=use_bias, spec=spec, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
-        width, kv_width = (config.head_dim * heads for heads in (config.num_attention_heads, config.num_key_value_heads))
+        width, kv_width = (
+            config.head_dim * heads for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
         split_kv = config.num_key_value_heads % axis_size("tensor") == 0
         kv_spec = SPECS.column_io if split_kv else SPECS.shared_io
         self.q_proj = linear(config.hidden_size, width, SPECS.column_io, config.attention_bias)
@@ -204,15 +210,23 @@ class Decoder(nnx.Module):
         token's document (packed rows; default 0) and positions count from there. With a cache, keys are written at
         `slots_bt` (default: the positions; a slot outside the cache is not written) and a query at position p sees
         the cache's slots up to p. `remat` recomputes each layer in the backward pass.
+
+        Raises:
+            ValueError: a cache is given to a bidirectional decoder, which would see its unwritten slots.
         """
+        if cache is not None and not self.config.causal:
+            raise ValueError(
+                "a bidirectional decoder (causal=False) sees the whole row at once: call it without a cache"
+            )
         b, t = tokens_bt.shape
         index = jax.reshard(jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)), SPECS.act_bt)
         if document_start_bt is None:
             document_start_bt = jnp.zeros_like(index)
         if positions_bt is None:
             positions_bt = index - document_start_bt
+        document_start_bt, positions_bt = (jax.reshard(x, SPECS.act_bt) for x in (document_start_bt, positions_bt))
         query_slots = index if cache is None else positions_bt
-        slots_bt = query_slots if slots_bt is None else slots_bt
+        slots_bt = query_slots if slots_bt is None else jax.reshard(slots_bt, SPECS.act_bt)
         config = self.config
         rotary = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions_bt)
         x = self.embed(tokens_bt)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax.models.attention import DEFAULT_QUERY_CHUNK, KeySegment, attention
-from specjax.models.decoder import BlockConfig, DecoderConfig, DecoderLayer, check_layer_types
+from specjax.models.decoder import BlockConfig, DecoderConfig, DecoderLayer, check_heads, check_layer_types
 from specjax.models.layers import Linear, RMSNorm, RopeConfig, rotary_tables
 from specjax.models.sharding import SPECS
 
@@ -51,6 +51,7 @@ class DFlashConfig:
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("full_attention",) * self.num_hidden_layers)
         check_layer_types(self.layer_types, self.num_hidden_layers, self.sliding_window)
+        check_heads(self.num_attention_heads, self.num_key_value_heads)
         if self.block_size < 2:
             raise ValueError(f"block_size {self.block_size} drafts nothing; it must be at least 2")
         if not 0 <= self.mask_token_id < self.vocab_size:
@@ -184,6 +185,7 @@ class DFlashDraft(nnx.Module):
         position stop - start + k.
         """
         b, blocks, size, d = noise_bNBd.shape
+        start_bN, stop_bN = (jax.reshard(x, SPECS.act_bN) for x in (start_bN, stop_bN))
         offsets = jnp.arange(size, dtype=jnp.int32)
         positions = (stop_bN - start_bN)[..., None] + offsets
         rotary = self._rotary(positions.reshape(b, blocks * size))

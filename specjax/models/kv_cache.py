@@ -54,5 +54,8 @@ class KVCache:
 
 def _scatter(cache_bksh: jax.Array, new_bkth: jax.Array, slots_bt: jax.Array) -> jax.Array:
     # vmapped per row: compiles to no collective on any mesh, unlike an indexed update of the whole batch.
-    write = jax.vmap(lambda cache, new, slots: cache.at[:, slots].set(new, mode="drop"))
-    return write(cache_bksh, new_bkth.astype(cache_bksh.dtype), slots_bt)
+    # A negative slot is dropped like any other outside the cache, and does not count from the end.
+    def write(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
+        return cache.at[:, slots].set(new, mode="drop", wrap_negative_indices=False)
+
+    return jax.vmap(write)(cache_bksh, new_bkth.astype(cache_bksh.dtype), slots_bt)

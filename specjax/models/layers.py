@@ -36,7 +36,8 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.kernel = _normal(rngs, (in_features, out_features), param_dtype, spec)
-        bias = jax.reshard(jnp.zeros((out_features,), param_dtype), P(spec[1] if spec[1] == "tensor" else None))
+        bias_spec = SPECS.column_bias_o if spec[1] == "tensor" else SPECS.replicated_bias_o
+        bias = jax.reshard(jnp.zeros((out_features,), param_dtype), bias_spec)
         self.bias = nnx.Param(bias) if use_bias else None
         self.dtype = dtype
 
@@ -80,15 +81,22 @@ class Embedding(nnx.Module):
             return jax.lax.psum(jnp.where(held[..., None], rows, 0), "tensor")
 
         weight = jax.reshard(self.weight[...], P("tensor", None)).astype(self.dtype)
-        specs = P("tensor", None), P(BATCH, *tail)
-        return jax.shard_map(lookup, in_specs=specs, out_specs=P(BATCH, *tail, None))(weight, tokens)
+        tokens = jax.reshard(tokens, P(BATCH, *tail))
+        return jax.shard_map(lookup, out_specs=P(BATCH, *tail, None))(weight, tokens)
 
 
 class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(
-        self, hidden: int, intermediate: int, *, use_bias: bool, dtype: jnp.dtype, param_dtype: jnp.dtype, rngs: nnx.Rngs
+        self,
+        hidden: int,
+        intermediate: int,
+        *,
+        use_bias: bool,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
     ):
         def linear(i: int, o: int, spec: P) -> Linear:
             return Linear(i, o, use_bias=use_bias, spec=spec, dtype=dtype, param_dtype=param_dtype, rngs=rngs)

@@ -5,6 +5,8 @@ throughout: b rows, t tokens, s key slots, d hidden, n query heads, k key/value 
 v vocabulary, N blocks of a row, B slots of a block, m concatenated taps, i inputs, o outputs.
 """
 
+# ruff: noqa: N815, RUF009 (names carry dimension letters; a PartitionSpec is immutable)
+
 from __future__ import annotations
 
 import contextlib

@@ -1,0 +1,146 @@
+"""Segment attention against one dense mask in float64, its gradients included."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from specjax.models.attention import KeySegment, attention
+from specjax.models.sharding import SPECS, axis_size, make_mesh, put
+
+SCALE = 0.3
+ROWS, BLOCKS, QUERIES, CONTEXT, OWN, HEAD_DIM = 2, 5, 3, 17, 4, 8
+
+
+class Case(NamedTuple):
+    """Host arrays: the context's and the blocks' own keys, values and ranges, as `KeySegment` wants them."""
+
+    queries: np.ndarray
+    shared: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+    own: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def random_case(seed: int, heads: int = 4, kv_heads: int = 2) -> Case:
+    """Random keys and random, partly empty ranges; query (0, 0, 0) sees nothing at all."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    def ranges(size: int) -> tuple[np.ndarray, np.ndarray]:
+        pair = rng.integers(-2, size + 3, (2, ROWS, BLOCKS, QUERIES), dtype=np.int32)
+        pair[1, 0, 0, 0] = pair[0, 0, 0, 0]
+        return pair[0], pair[1]
+
+    context, own = (ROWS, kv_heads, CONTEXT, HEAD_DIM), (ROWS, BLOCKS, kv_heads, OWN, HEAD_DIM)
+    return Case(
+        draw(ROWS, BLOCKS, QUERIES, heads, HEAD_DIM),
+        (draw(*context), draw(*context), *ranges(CONTEXT)),
+        (draw(*own), draw(*own), *ranges(OWN)),
+    )
+
+
+def visible(size: int, start: np.ndarray, stop: np.ndarray) -> torch.Tensor:
+    mask = np.zeros((*start.shape, size), bool)
+    for query in np.ndindex(*start.shape):
+        for key in range(size):
+            mask[(*query, key)] = start[query] <= key < stop[query]
+    return torch.tensor(mask)
+
+
+def reference(case: Case) -> tuple[np.ndarray, list[np.ndarray], torch.Tensor]:
+    """Output, gradients (queries, shared keys and values, own keys and values) of its sum of sines, and the mask."""
+    arrays = [case.queries, *case.shared[:2], *case.own[:2]]
+    q, ck, cv, ok, ov = leaves = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
+    groups = q.shape[3] // ck.shape[1]
+    ck, cv = (x.repeat_interleave(groups, 1)[:, None].expand(-1, BLOCKS, -1, -1, -1) for x in (ck, cv))
+    keys, values = (torch.cat([c, o.repeat_interleave(groups, 2)], 3) for c, o in ((ck, ok), (cv, ov)))
+    mask = torch.cat([visible(CONTEXT, *case.shared[2:]), visible(OWN, *case.own[2:])], -1)
+    scores = torch.einsum("bNqnh,bNnsh->bNnqs", q, keys) * SCALE
+    weights = scores.masked_fill(~mask[:, :, None], -1e30).softmax(-1)
+    out = torch.einsum("bNnqs,bNnsh->bNqnh", weights, values)
+    seen = mask.any(-1)[..., None, None]
+    torch.where(seen, out.sin(), 0).sum().backward()
+    return out.detach().numpy(), [x.grad.numpy() for x in leaves], seen  # type: ignore[union-attr]
+
+
+def on_mesh(case: Case) -> tuple[jax.Array, tuple[KeySegment, KeySegment]]:
+    ranges = [tuple(put(x, SPECS.act_bNB) for x in part[2:]) for part in (case.shared, case.own)]
+    split = case.own[0].shape[2] % axis_size("tensor") == 0
+    shared = tuple(put(x, SPECS.keys_bksh if split else SPECS.shared_keys_bksh) for x in case.shared[:2])
+    own = tuple(put(x, SPECS.own_keys_bNkjh if split else SPECS.shared_own_keys_bNkjh) for x in case.own[:2])
+    return put(case.queries, SPECS.queries_bNqnh), (KeySegment(*shared, *ranges[0]), KeySegment(*own, *ranges[1]))
+
+
+@partial(jax.jit, static_argnames="query_chunk")
+def output_and_gradients(
+    queries: jax.Array, segments: tuple[KeySegment, KeySegment], seen: jax.Array, query_chunk: int
+) -> tuple[jax.Array, list[jax.Array]]:
+    def loss(arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        queries, *kv = arrays
+        shared, own = (
+            KeySegment(kv[2 * i], kv[2 * i + 1], segment.start, segment.stop) for i, segment in enumerate(segments)
+        )
+        out = attention(queries, [shared, own], scale=SCALE, query_chunk=query_chunk)
+        return jnp.where(seen, jnp.sin(out), 0).sum(), out
+
+    arrays = [queries, *(x for segment in segments for x in (segment.keys, segment.values))]
+    gradients, out = jax.grad(loss, has_aux=True)(arrays)
+    return out, gradients
+
+
+def check(case: Case, query_chunk: int) -> None:
+    expected, expected_gradients, seen = reference(case)
+    out, gradients = output_and_gradients(*on_mesh(case), put(seen.numpy(), SPECS.shared_own_keys_bNkjh), query_chunk)
+    np.testing.assert_allclose(np.where(seen, out, 0), np.where(seen, expected, 0), rtol=0, atol=2e-6)
+    assert np.isfinite(out).all()
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("query_chunk", [1024, 6], ids=["whole", "chunked"])
+def test_own_and_shared_segments_equal_a_dense_mask(seed: int, query_chunk: int) -> None:
+    check(random_case(seed), query_chunk)
+
+
+@pytest.mark.parametrize(("tensor", "heads", "kv_heads"), [(8, 8, 2), (8, 16, 1), (2, 4, 2)])
+def test_heads_split_over_the_tensor_axis(tensor: int, heads: int, kv_heads: int) -> None:
+    with jax.set_mesh(make_mesh(tensor=tensor)):
+        check(random_case(7, heads, kv_heads), query_chunk=6)
+
+
+def test_one_long_block_is_split_along_its_queries() -> None:
+    """The decoder's case: one block of many queries, whose last chunk is not full."""
+    rng = np.random.default_rng(8)
+    queries = rng.standard_normal((1, 1, 23, 2, HEAD_DIM)).astype(np.float32)
+    keys, values = rng.standard_normal((2, 1, 1, 23, HEAD_DIM)).astype(np.float32)
+    stop = np.arange(1, 24, dtype=np.int32)[None, None]
+    segment = KeySegment(
+        *(put(x, SPECS.keys_bksh) for x in (keys, values)), *(put(x, SPECS.act_bNB) for x in (stop - 5, stop))
+    )
+    run = jax.jit(lambda q, s, chunk: attention(q, [s], scale=SCALE, query_chunk=chunk), static_argnums=2)
+    whole, chunked = (run(put(queries, SPECS.queries_bNqnh), segment, chunk) for chunk in (23, 5))
+    np.testing.assert_allclose(chunked, whole, rtol=0, atol=1e-6)
+    scores = np.einsum("qnh,sh->nqs", queries[0, 0].astype(np.float64), keys[0, 0]) * SCALE
+    for i in range(23):
+        seen = slice(max(0, i - 4), i + 1)
+        weights = np.exp(scores[:, i, seen])
+        expected = weights @ values[0, 0, seen] / weights.sum(-1, keepdims=True)
+        np.testing.assert_allclose(whole[0, 0, i], expected, rtol=0, atol=2e-6)
+
+
+def test_a_row_that_sees_nothing_is_finite_forward_and_backward() -> None:
+    case = random_case(9)
+    nothing = np.zeros((ROWS, BLOCKS, QUERIES), np.int32)
+    blind = Case(case.queries, (*case.shared[:2], nothing, nothing), (*case.own[:2], nothing, nothing))
+    queries, segments = on_mesh(blind)
+    everywhere = put(np.ones((ROWS, BLOCKS, QUERIES, 1, 1), bool), SPECS.shared_own_keys_bNkjh)
+    out, gradients = output_and_gradients(queries, segments, everywhere, 1024)
+    assert all(np.isfinite(x).all() for x in (out, *gradients))

@@ -1,0 +1,222 @@
+"""The DFlash draft against plain PyTorch, and the facts of its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from specjax.models.decoder import DecoderConfig
+from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
+from specjax.models.layers import RopeConfig
+from specjax.models.sharding import SPECS, put
+from tests.models.torch_weights import filled
+from tests.torch_draft import TorchDraft, randomised
+
+FULL = DFlashConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-6,
+    max_position_embeddings=64,
+    vocab_size=64,
+    rope=RopeConfig(theta=500.0),
+    block_size=4,
+    mask_token_id=63,
+    target_layer_ids=(4, 1),
+    num_target_layers=8,
+)
+SLIDING = dataclasses.replace(FULL, layer_types=("sliding_attention", "full_attention"), sliding_window=6)
+CONFIGS = {
+    "full": FULL,
+    "sliding-bidirectional": SLIDING,
+    "sliding-causal": dataclasses.replace(SLIDING, sliding_causal=True),
+    "window-shorter-than-block": dataclasses.replace(SLIDING, sliding_window=3),
+}
+CONTEXT = 16
+
+
+class Inputs(NamedTuple):
+    taps: np.ndarray
+    positions: np.ndarray
+    noise: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    def torch(self) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(x) for x in self)
+
+    def jax(self) -> tuple[jax.Array, ...]:
+        specs = SPECS.act_btd, SPECS.act_bt, SPECS.act_bNBd, SPECS.act_bN, SPECS.act_bN
+        return tuple(put(x, spec) for x, spec in zip(self, specs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def inputs() -> Inputs:
+    """Row 0 holds documents of 9 and 7 tokens, row 1 one of 13; the last block of each row is padding."""
+    rng = np.random.default_rng(0)
+    return Inputs(
+        taps=rng.standard_normal((2, CONTEXT, 2 * FULL.hidden_size)).astype(np.float32),
+        positions=np.array([[*range(9), *range(7)], [*range(13), 0, 0, 0]], np.int32),
+        noise=rng.standard_normal((2, 4, FULL.block_size, FULL.hidden_size)).astype(np.float32),
+        start=np.array([[0, 0, 9, 0], [0, 0, 0, 0]], np.int32),
+        stop=np.array([[1, 8, 13, 0], [3, 7, 12, 0]], np.int32),
+    )
+
+
+def make_draft(config: DFlashConfig) -> DFlashDraft:
+    return DFlashDraft(config, rngs=nnx.Rngs(0), dtype=jnp.float32)
+
+
+def load(config: DFlashConfig) -> tuple[TorchDraft, DFlashDraft]:
+    reference = randomised(TorchDraft(config), seed=1)
+    return reference, filled(partial(make_draft, config), reference.state_dict())
+
+
+@partial(jax.jit, static_argnames=("remat", "query_chunk"))
+def run(
+    draft: DFlashDraft,
+    taps: jax.Array,
+    positions: jax.Array,
+    noise: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    remat: bool = False,
+    query_chunk: int = 1024,
+) -> jax.Array:
+    context_kv = draft.context_kv(draft.context(taps), positions)
+    return draft(noise, context_kv, start, stop, remat=remat, query_chunk=query_chunk)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hidden_states_equal_torch(name: str, inputs: Inputs) -> None:
+    reference, draft = load(CONFIGS[name])
+    with torch.no_grad():
+        expected = reference(*inputs.torch())
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(run(draft, *inputs.jax()), expected, rtol=0, atol=2e-5)
+
+
+def test_gradients_equal_torch_chunked_and_rematerialised(inputs: Inputs) -> None:
+    reference, draft = load(CONFIGS["sliding-causal"])
+    reference(*inputs.torch()).sin().sum().backward()
+    arrays = inputs.jax()
+    loss = lambda draft: jnp.sin(run(draft, *arrays, remat=True, query_chunk=6)).sum()  # noqa: E731
+    gradients = jax.jit(jax.grad(loss))(draft)
+    state = {name: p.grad for name, p in reference.named_parameters() if p.grad is not None}
+    expected = filled(partial(make_draft, draft.config), state)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_a_block_sees_its_documents_context_strictly_before_its_anchor(inputs: Inputs) -> None:
+    """At inference the anchor is the bonus token, whose hidden state does not exist yet."""
+    _, draft = load(FULL)
+    base = np.asarray(run(draft, *inputs.jax()))
+    for slot in range(CONTEXT):
+        taps = inputs.taps.copy()
+        taps[:, slot] += 1.0
+        changed = np.abs(np.asarray(run(draft, *inputs._replace(taps=taps).jax())) - base).max(-1)
+        seen = (inputs.start <= slot) & (slot < inputs.stop)
+        np.testing.assert_array_equal(changed == 0.0, np.repeat(~seen[..., None], FULL.block_size, -1), str(slot))
+
+
+def test_a_block_sees_no_other_block(inputs: Inputs) -> None:
+    _, draft = load(FULL)
+    base = np.asarray(run(draft, *inputs.jax()))
+    noise = inputs.noise.copy()
+    noise[:, 1] += 1.0
+    changed = np.abs(np.asarray(run(draft, *inputs._replace(noise=noise).jax())) - base).max((-1, -2)) > 0
+    np.testing.assert_array_equal(changed, [[False, True, False, False]] * 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "ids"),
+    [
+        (36, 5, (1, 9, 17, 25, 33)),
+        (78, 5, (1, 20, 38, 56, 75)),  # 19.5 -> 20 and 56.5 -> 56: half to even
+        (36, 1, (18,)),
+        (13, 1, (6,)),
+        (8, 5, (1, 2, 3, 4, 5)),
+        (36, 2, (1, 33)),
+    ],
+)
+def test_default_taps(layers: int, count: int, ids: tuple[int, ...]) -> None:
+    assert default_target_layer_ids(layers, count) == ids
+
+
+def test_default_taps_are_distinct_and_can_be_tapped() -> None:
+    """`DFlashConfig` refuses ids that are not."""
+    for layers in range(4, 100):
+        for count in range(1, min(layers - 3, 12) + 1):
+            ids = default_target_layer_ids(layers, count)
+            config = dataclasses.replace(FULL, target_layer_ids=ids, num_target_layers=layers)
+            assert list(config.target_layer_ids) == sorted(ids)
+            assert len(ids) == count
+
+
+@pytest.mark.parametrize(("layers", "count", "message"), [(7, 5, "set target_layer_ids"), (36, 0, "at least 1")])
+def test_default_taps_that_do_not_exist(layers: int, count: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        default_target_layer_ids(layers, count)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_layer_ids": (1, 7)}, "from 0 to 6"),
+        ({"target_layer_ids": (-1,)}, "from 0 to 6"),
+        ({"target_layer_ids": (2, 2)}, "distinct"),
+        ({"target_layer_ids": ()}, "distinct"),
+        ({"block_size": 1}, "block_size 1"),
+        ({"mask_token_id": 64}, "mask_token_id 64"),
+        ({"layer_types": ("sliding_attention",) * 2}, "sliding_window is not set"),
+        ({"layer_types": ("full_attention",)}, "1 entries for 2 layers"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+    ],
+)
+def test_a_wrong_config_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(FULL, **fields)
+
+
+@pytest.mark.parametrize("window", [None, 32])
+def test_the_default_draft_of_a_target_takes_its_shape_but_not_its_rope_scaling(window: int | None) -> None:
+    target = DecoderConfig(
+        model_type="llama",
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=128,
+        rope=RopeConfig(theta=5e5, rope_type="llama3", factor=8.0, original_max_position_embeddings=64),
+        attention_bias=True,
+    )
+    draft = DFlashConfig.for_target(
+        target, num_layers=2, block_size=8, mask_token_id=95, target_layer_ids=(1, 8), sliding_window=window
+    )
+    shared = {f.name for f in dataclasses.fields(target)} & {f.name for f in dataclasses.fields(draft)}
+    shared -= {"num_hidden_layers", "rope", "layer_types", "sliding_window"}
+    assert all(getattr(draft, name) == getattr(target, name) for name in shared)
+    assert len(shared) == 8
+    assert draft.rope == RopeConfig(theta=5e5)
+    assert draft.num_target_layers == 12
+    assert not draft.block.attention_bias
+    assert draft.block.qk_norm
+    assert draft.layer_types == (("full_attention" if window is None else "sliding_attention"),) * 2
+    assert draft.sliding_window == window
+    assert not draft.sliding_causal
