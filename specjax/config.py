@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
@@ -19,17 +19,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from specjax.errors import InputError
 
 DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}
-EMBEDDED = "embedded"
+DEFAULT_NUM_TAPS = 5
+DEFAULT_EPOCHS = 6.0
 
 
 class Section(BaseModel):
     """A strict, immutable group of settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class TargetConfig(Section):
     path: str = Field(description="Hugging Face folder or hub id of the target, or 'embedded'")
+    init: Literal["weights", "random"] = Field(
+        "weights", description="causal_lm only; random: train from scratch, needs only config.json and tokenizer"
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="compute dtype of target and draft; auto: bfloat16 on accelerators, float32 on CPU"
     )
@@ -37,23 +41,32 @@ class TargetConfig(Section):
 
 class DraftConfig(Section):
     num_layers: int = Field(5, ge=1, description="draft layers")
-    num_taps: int | None = Field(5, ge=1, description="tapped target layers, spread evenly; null with target_layer_ids")
-    target_layer_ids: tuple[int, ...] | None = Field(None, description="tapped target layers, zero-based")
+    num_taps: int | None = Field(
+        None, ge=1, description="tapped target layers, spread evenly; 5 unless target_layer_ids lists them"
+    )
+    target_layer_ids: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="tapped target layers, zero-based, in the order in which they are concatenated"
+    )
     block_size: int = Field(16, ge=2, description="slots of a block: the anchor and block_size - 1 drafted tokens")
     mask_token_id: int | None = Field(
         None, ge=0, description="null: the tokenizer's mask token, else the first embedding row without a token"
     )
     sliding_window: int | None = Field(None, ge=1, description="tokens; null: full attention in every draft layer")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_taps(cls, given: Any) -> Any:
+        return _default_unless(given, "num_taps", DEFAULT_NUM_TAPS, "target_layer_ids")
+
     @model_validator(mode="after")
     def _taps(self) -> DraftConfig:
-        if self.target_layer_ids is not None and self.num_taps not in (None, len(self.target_layer_ids)):
-            if "num_taps" in self.model_fields_set:
-                raise ValueError(
-                    f"num_taps is {self.num_taps}, but target_layer_ids lists {len(self.target_layer_ids)}; drop one"
-                )
-        elif self.target_layer_ids is None and self.num_taps is None:
-            raise ValueError("give num_taps or target_layer_ids")
+        ids = self.target_layer_ids
+        if (self.num_taps is None) == (ids is None):
+            raise ValueError(
+                f"num_taps is {self.num_taps} and target_layer_ids is {ids}; give one of them and set the other to null"
+            )
+        if ids is not None and len(set(ids)) != len(ids):
+            raise ValueError(f"target_layer_ids {list(ids)} lists a layer twice; drop the duplicate")
         return self
 
 
@@ -83,10 +96,13 @@ class LossConfig(Section):
         return self
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
-    learning_rate: float = Field(6e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    learning_rate: float = Field(6e-4, gt=0, description="at its peak, after warm-up")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of the running moments of AdamW")
+    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only")
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="after warm-up: cosine decay, or constant and then linear decay"
@@ -104,12 +120,17 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    epochs: float | None = Field(6, gt=0, description="passes over the data; null with steps")
+    epochs: float | None = Field(None, gt=0, description="passes over the data; 6 unless steps is given")
     steps: int | None = Field(None, ge=1, description="optimizer updates, instead of epochs")
     batch_size: int = Field(8, ge=1, description="rows a step, over all devices and micro-batches")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches a step")
     attention_chunk: int = Field(1024, ge=1, description="queries whose attention scores exist at a time")
     remat: bool = Field(True, description="recompute layers in the backward pass instead of storing activations")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_length(cls, given: Any) -> Any:
+        return _default_unless(given, "epochs", DEFAULT_EPOCHS, "steps")
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -117,36 +138,36 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of accumulation_steps {self.accumulation_steps}"
             )
-        if self.steps is not None and self.epochs is not None and "epochs" in self.model_fields_set:
-            raise ValueError(f"steps is {self.steps} and epochs is {self.epochs}; set one of them to null")
-        if self.steps is None and self.epochs is None:
-            raise ValueError("give steps or epochs")
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"epochs is {self.epochs} and steps is {self.steps}; give one of them and set the other to null"
+            )
         return self
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(1000, ge=1)
-    keep_last: int = Field(2, ge=1)
-    keep_best: int = Field(1, ge=0, description="by evaluation")
+    every_steps: int = Field(1000, ge=1, description="steps between checkpoints; the last step always writes one")
+    keep_last: int = Field(2, ge=1, description="latest checkpoints that stay on disk")
+    keep_best: int = Field(1, ge=0, description="checkpoints that stay on disk for their evaluation")
 
 
 class EvaluationConfig(Section):
-    every_steps: int = Field(500, ge=1)
+    every_steps: int = Field(500, ge=1, description="steps between evaluations; none without data.validation")
     samples: int = Field(64, ge=1, description="rows of data.validation, the same ones every time")
 
 
 class LoggingConfig(Section):
-    every_steps: int = Field(10, ge=1)
-    tensorboard: bool = True
+    every_steps: int = Field(10, ge=1, description="steps between log lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events into output_dir")
     peak_tflops: float | None = Field(
         None, gt=0, description="of one device in the compute dtype, for MFU; null: from a table of known devices"
     )
 
 
 class MeshConfig(Section):
-    data: int = Field(-1, ge=-1, description="-1: what the other axes leave")
-    fsdp: int = Field(1, ge=1)
-    tensor: int = Field(1, ge=1)
+    data: int = Field(-1, ge=-1, description="groups that share the batch; -1: the devices that the other axes leave")
+    fsdp: int = Field(1, ge=1, description="devices that share the batch and each hold a part of every parameter")
+    tensor: int = Field(1, ge=1, description="devices that split heads, MLP and vocabulary")
 
     @model_validator(mode="after")
     def _not_zero(self) -> MeshConfig:
@@ -160,7 +181,7 @@ class RunConfig(Section):
 
     kind: Literal["dflash", "causal_lm"] = Field("dflash", description="train a DFlash draft, or the target itself")
     output_dir: str = Field(description="folder of the run: checkpoints, logs, resolved config")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="of initialisation, data order and anchors")
     target: TargetConfig
     draft: DraftConfig = Field(default_factory=DraftConfig)
     data: DataConfig
@@ -179,6 +200,8 @@ class RunConfig(Section):
             given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
             if given:
                 raise ValueError(f"kind causal_lm trains no draft and ignores {', '.join(given)}; drop it")
+        elif self.target.init == "random":
+            raise ValueError("target.init random belongs to kind causal_lm; a draft needs a trained target")
         elif self.loss.weighting == "exp" and self.loss.gamma is None and self.draft.block_size not in DEFAULT_GAMMAS:
             raise ValueError(
                 f"loss.gamma has no default for draft.block_size {self.draft.block_size} "
@@ -194,8 +217,23 @@ class RunConfig(Section):
         return self.loss.gamma or DEFAULT_GAMMAS[self.draft.block_size]
 
 
+def _default_unless(given: Any, name: str, default: Any, other: str) -> Any:
+    """`given` with `name: default` added if it names neither that setting nor `other`, which takes its place."""
+    if not isinstance(given, Mapping) or name in given or given.get(other) is not None:
+        return given
+    return {**given, name: default}
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 6e-4 as a string; this loader reads it as the number it is."""
+    """Reads 6e-4 as the number it is, not YAML 1.1's string, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for twice in sorted({key for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice!r} is given twice; drop one", node.start_mark
+            )
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
@@ -213,7 +251,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a YAML run config, such as those in configs/") from error
+        raise InputError(
+            f"{path}: cannot be read ({error}); give a YAML run config, such as those in configs/"
+        ) from error
     try:
         raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -222,7 +262,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise InputError(f"{path}: holds {type(raw).__name__}, not a mapping of sections")
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw, str(path))
+    return parse_config(raw, f"{path} with {' '.join(overrides)}" if overrides else str(path))
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
@@ -239,10 +279,6 @@ def dump_config(config: RunConfig) -> str:
     if config.kind == "causal_lm":
         raw = {key: value for key, value in raw.items() if key not in ("draft", "loss")}
         del raw["data"]["num_anchors"]
-    if raw["training"]["steps"] is not None and "epochs" not in config.training.model_fields_set:
-        raw["training"]["epochs"] = None
-    if config.kind == "dflash" and config.draft.target_layer_ids is not None:
-        raw["draft"]["num_taps"] = None
     return yaml.safe_dump(raw, sort_keys=False)
 
 
@@ -263,7 +299,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists as tuples, which strict models take, and whole floats in place of ints stay as they are."""
+    """Lists as tuples, which strict models take."""
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

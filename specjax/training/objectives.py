@@ -1,0 +1,154 @@
+"""Losses of a micro-batch: the block-diffusion loss of a draft, and next-token loss of a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specjax.blockdiff.losses import BlockLoss, block_cross_entropy
+from specjax.blockdiff.masks import context_ranges, document_starts, slot_mask
+from specjax.blockdiff.noise import block_inputs
+from specjax.models.decoder import Decoder, DecoderOutput
+from specjax.models.dflash import DFlashDraft
+from specjax.training.step import Batch, LossSums
+
+LM_CHUNK = 64  # tokens of a row whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class BlockDiffusionLoss:
+    """Settings of the draft's loss; see `blockdiff.losses.block_cross_entropy`."""
+
+    weighting: str
+    gamma: float | None
+    alpha: float | None
+    cumulative_mask: bool
+    chunk_blocks: int
+    query_chunk: int
+    remat: bool
+
+    def __call__(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[jax.Array, LossSums]:
+        """Cross-entropy with the data's tokens: (sum of weighted losses, sums)."""
+        noise_ids, labels = self.blocks(draft, batch)
+        sums = self._sums(draft, target, batch, self.run_target(draft, target, batch), noise_ids, labels)
+        return sums.loss_sum, LossSums(sums.weight_sum, statistics(sums))
+
+    def against_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> BlockLoss:
+        """The same sums with the target's own greedy choice at every slot as the label (teacher forcing)."""
+        noise_ids, _ = self.blocks(draft, batch)
+        output = self.run_target(draft, target, batch)
+        labels = greedy_labels(target, output.hidden, batch["anchors"], draft.config.block_size, self.chunk_blocks)
+        return self._sums(draft, target, batch, output, noise_ids, labels)
+
+    def blocks(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        config = draft.config
+        return block_inputs(batch["input_ids"], batch["anchors"], config.block_size, config.mask_token_id)
+
+    def run_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> DecoderOutput:
+        return target(
+            batch["input_ids"],
+            document_start_bt=document_starts(batch["document_ids"]),
+            tap_ids=draft.config.target_layer_ids,
+            query_chunk=self.query_chunk,
+        )
+
+    def _sums(
+        self,
+        draft: DFlashDraft,
+        target: Decoder,
+        batch: Batch,
+        output: DecoderOutput,
+        noise_ids: jax.Array,
+        labels: jax.Array,
+    ) -> BlockLoss:
+        documents, anchors = batch["document_ids"], batch["anchors"]
+        assert output.taps is not None
+        positions = jnp.arange(documents.shape[1], dtype=jnp.int32) - document_starts(documents)
+        context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(output.taps)), positions)
+        start, stop = context_ranges(documents, anchors)
+        noise = target.embed(noise_ids)
+        hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)
+        mask = slot_mask(
+            batch["loss_mask"],
+            documents,
+            anchors,
+            batch["anchor_valid"],
+            draft.config.block_size,
+            cumulative=self.cumulative_mask,
+        )
+        return block_cross_entropy(
+            hidden,
+            target.head_kernel(),
+            labels,
+            mask,
+            weighting=self.weighting,
+            gamma=self.gamma,
+            alpha=self.alpha,
+            chunk_blocks=self.chunk_blocks,
+        )
+
+
+def statistics(sums: BlockLoss) -> dict[str, jax.Array]:
+    """The counts that accuracy and acceptance metrics are made of."""
+    return {
+        "correct": sums.correct_k,
+        "supervised": sums.supervised_k,
+        "prefix": sums.prefix_sum,
+        "blocks": sums.blocks,
+    }
+
+
+def greedy_labels(
+    target: Decoder, hidden_btd: jax.Array, anchors_bN: jax.Array, block_size: int, chunk_blocks: int
+) -> jax.Array:
+    """The target's argmax [b, N, B] at every slot: slot k holds its choice after token p + k - 1 (slot 0: unused).
+
+    Logits exist for `chunk_blocks` blocks a row at a time; ties go to the lowest id.
+    """
+    b, blocks = anchors_bN.shape
+    last = hidden_btd.shape[1] - 1
+    chunks = -(-blocks // chunk_blocks)
+    padded = jnp.pad(anchors_bN, ((0, 0), (0, chunks * chunk_blocks - blocks)))
+    slots = jnp.clip(padded[..., None] + jnp.arange(block_size) - 1, 0, last)
+    rows = slots.reshape(b, -1).reshape(b, chunks, chunk_blocks * block_size).swapaxes(0, 1)
+
+    def chosen(index: jax.Array) -> jax.Array:
+        logits = target.logits(jax.vmap(lambda hidden, i: hidden[i])(hidden_btd, index))
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    labels = jax.lax.map(chosen, rows).swapaxes(0, 1)
+    return labels.reshape(b, -1).reshape(b, chunks * chunk_blocks, block_size)[:, :blocks]
+
+
+@dataclass(frozen=True)
+class CausalLMLoss:
+    """Next-token cross-entropy over supervised tokens, in chunks of `LM_CHUNK` tokens."""
+
+    query_chunk: int
+    remat: bool
+
+    def __call__(self, model: Decoder, frozen: Any, batch: Batch) -> tuple[jax.Array, LossSums]:
+        tokens, documents = batch["input_ids"], batch["document_ids"]
+        starts = document_starts(documents)
+        output = model(tokens, document_start_bt=starts, query_chunk=self.query_chunk, remat=self.remat)
+        first = jnp.arange(tokens.shape[1]) == starts
+        supervised = batch["loss_mask"] & (documents > 0) & ~first
+        previous = jnp.pad(output.hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+        # Chunks of a row are blocks whose slot 0, which the block loss leaves out, is padding.
+        hidden, labels, mask = (_blocks(x) for x in (previous, tokens, supervised))
+        head = model.head_kernel()
+        sums = block_cross_entropy(hidden, head, labels, mask, weighting="uniform", chunk_blocks=1)
+        correct = sums.correct_k.sum()
+        return sums.loss_sum, LossSums(sums.weight_sum, {"correct": correct, "supervised": sums.supervised_k.sum()})
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+    """[b, t, ...] -> [b, ceil(t / LM_CHUNK), 1 + LM_CHUNK, ...], padded with zeros at slot 0 and at the end."""
+    b, t = x.shape[:2]
+    blocks = -(-t // LM_CHUNK)
+    tail = [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, [(0, 0), (0, blocks * LM_CHUNK - t), *tail])
+    return jnp.pad(x.reshape(b, blocks, LM_CHUNK, *x.shape[2:]), [(0, 0), (0, 0), (1, 0), *tail])

@@ -1,0 +1,304 @@
+"""A training run from its config: mesh, models, data, step, loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from specjax.config import RunConfig, dump_config, load_config
+from specjax.data.pipeline import TrainingData, fixed_batches, read_examples
+from specjax.errors import InputError
+from specjax.metadata import run_metadata
+from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
+from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
+from specjax.models.sharding import make_mesh
+from specjax.training import flops
+from specjax.training.checkpoints import Checkpoints
+from specjax.training.evaluation import causal_lm_evaluator, draft_evaluator
+from specjax.training.loop import Loop, Plan
+from specjax.training.metrics import Metrics, MetricsWriter
+from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
+from specjax.training.optimizer import learning_rate_schedule, make_optimizer
+from specjax.training.state import TrainState
+from specjax.training.step import LossFunction, make_train_step
+from specjax.weights import (
+    decoder_config_to_hf,
+    draft_config_to_hf,
+    load_target,
+    model_folder,
+    read_target_config,
+    target_fingerprint,
+)
+from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
+from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
+
+CONFIG_FILE = "config.yaml"
+METADATA_FILE = "metadata.json"
+# Sections that a resumed run may change: they do not touch the sequence of updates.
+FREE_ON_RESUME = ("checkpoint", "evaluation", "logging", "mesh", "output_dir")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between training a draft and training a decoder."""
+
+    model: nnx.Module
+    loss: LossFunction[Any]
+    frozen: Any
+    evaluator: Callable[[list[Any]], Callable[[Any], tuple[Metrics, float]]]
+    flops_per_step: float
+    num_anchors: int | None
+    files: dict[str, Any]
+
+
+def train(config: RunConfig, *, resume: bool = False) -> Path:
+    """Runs `config` to its end, or to the first SIGINT or SIGTERM, and returns the run folder.
+
+    resume: continue the run in `output_dir` from its latest checkpoint (or start it, if there is none).
+
+    Raises:
+        InputError: anything wrong with config, target, data or an existing `output_dir`.
+    """
+    run = Path(config.output_dir)
+    if jax.process_index() == 0:
+        _check_output(run, config, resume)
+    with _mesh(config), _precision(config):
+        task = _draft_task(config) if config.kind == "dflash" else _causal_lm_task(config)
+        data, validation = _data(config, task.num_anchors)
+        total = config.training.steps or data.num_steps
+        assert total is not None
+        if jax.process_index() == 0:
+            _write_files(run, config, task)
+        _fit(config, run, task, data, validation, total)
+    return run
+
+
+def _fit(config: RunConfig, run: Path, task: Task, data: TrainingData, validation: list[Any], total: int) -> None:
+    schedule = learning_rate_schedule(config.optimizer, total)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state = TrainState.create(task.model, optimizer)
+    kept = config.checkpoint
+    with Checkpoints(run, keep_last=kept.keep_last, keep_best=kept.keep_best) as checkpoints:
+        first = checkpoints.latest_step or 0
+        if first:
+            state = checkpoints.restore(state)
+        writer = MetricsWriter(
+            run,
+            total_steps=total,
+            first_step=first,
+            tensorboard=config.logging.tensorboard,
+            active=jax.process_index() == 0,
+        )
+        with contextlib.closing(writer):
+            writer.say(f"{run}: {config.kind}, steps {first} to {total}, {_size(state.model):,} trained parameters")
+            loop = Loop(
+                plan=_plan(config, task, total),
+                step=make_train_step(task.loss, optimizer, schedule),
+                frozen=task.frozen,
+                checkpoints=checkpoints,
+                writer=writer,
+                evaluate=task.evaluator(validation) if validation else None,
+            )
+            if first < total:
+                loop.run(state, first, data.batches(first))
+
+
+def _plan(config: RunConfig, task: Task, total: int) -> Plan:
+    return Plan(
+        total_steps=total,
+        accumulation_steps=config.training.accumulation_steps,
+        log_every=config.logging.every_steps,
+        checkpoint_every=config.checkpoint.every_steps,
+        evaluate_every=config.evaluation.every_steps,
+        tokens_per_step=config.training.batch_size * config.data.max_length,
+        flops_per_step=task.flops_per_step,
+        peak_flops=flops.peak_flops(config.logging.peak_tflops),
+    )
+
+
+def _draft_task(config: RunConfig) -> Task:
+    dtype = compute_dtype(config)
+    draft_config = draft_config_of(config)
+    _check_mesh(read_target_config(config.target.path))
+    target = load_target(config.target.path, dtype=dtype)
+    loss = BlockDiffusionLoss(
+        weighting=config.loss.weighting,
+        gamma=config.gamma,
+        alpha=config.loss.alpha,
+        cumulative_mask=config.loss.cumulative_mask,
+        chunk_blocks=config.loss.chunk_blocks,
+        query_chunk=config.training.attention_chunk,
+        remat=config.training.remat,
+    )
+    tokenizer = load_tokenizer(config.target.path)
+    fingerprint = target_fingerprint(
+        target,
+        chat_template=None if tokenizer is None else tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        thinking=json.dumps(config.data.chat_template_kwargs, sort_keys=True),
+    )
+    return Task(
+        model=jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=dtype))(),
+        loss=loss,
+        frozen=target,
+        evaluator=lambda batches: draft_evaluator(loss, target, batches),
+        flops_per_step=flops.dflash_step_flops(target.config, draft_config, _shape(config)),
+        num_anchors=config.data.num_anchors,
+        files={RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config), "specjax.json": fingerprint.to_json()},
+    )
+
+
+def draft_config_of(config: RunConfig) -> DFlashConfig:
+    """The draft's architecture: the config's settings, completed from the target's."""
+    target = read_target_config(config.target.path)
+    draft = config.draft
+    try:
+        taps = draft.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, draft.num_taps or 0)
+        return DFlashConfig.for_target(
+            target,
+            num_layers=draft.num_layers,
+            block_size=draft.block_size,
+            mask_token_id=resolve_mask_token_id(
+                draft.mask_token_id,
+                load_tokenizer(config.target.path),
+                target.vocab_size,
+                stop_token_ids(config.target.path),
+            ),
+            target_layer_ids=tuple(taps),
+            sliding_window=draft.sliding_window,
+        )
+    except ValueError as error:
+        raise InputError(f"draft: {error}") from error
+
+
+def _causal_lm_task(config: RunConfig) -> Task:
+    dtype = compute_dtype(config)
+    target_config = read_target_config(config.target.path)
+    _check_mesh(target_config)
+    if config.target.init == "random":
+        model = jax.jit(lambda: Decoder(target_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
+    else:
+        model = load_target(config.target.path, dtype=dtype, param_dtype=jnp.float32)
+    loss = CausalLMLoss(query_chunk=config.training.attention_chunk, remat=config.training.remat)
+    return Task(
+        model=model,
+        loss=loss,
+        frozen=None,
+        evaluator=lambda batches: causal_lm_evaluator(loss, batches),
+        flops_per_step=flops.causal_lm_step_flops(target_config, _shape(config)),
+        num_anchors=None,
+        files={RUN_TARGET_CONFIG: decoder_config_to_hf(target_config)},
+    )
+
+
+def _check_mesh(target: DecoderConfig) -> None:
+    try:
+        check_mesh_fits(target)
+    except ValueError as error:
+        raise InputError(f"mesh: {error}") from error
+
+
+def _shape(config: RunConfig) -> flops.StepShape:
+    return flops.StepShape(config.training.batch_size, config.data.max_length, config.data.num_anchors)
+
+
+def _data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, list[Any]]:
+    target = read_target_config(config.target.path)
+    batch_axes = jax.sharding.get_mesh().shape
+    rows = batch_axes["data"] * batch_axes["fsdp"] * config.training.accumulation_steps
+    if config.training.batch_size % rows:
+        raise InputError(
+            f"training.batch_size is {config.training.batch_size}: not a multiple of {rows} "
+            "(mesh data * fsdp * training.accumulation_steps)"
+        )
+
+    def examples(patterns: tuple[str, ...]) -> Any:
+        return read_examples(
+            patterns,
+            load_tokenizer(config.target.path),
+            chat_template_kwargs=config.data.chat_template_kwargs,
+            stop_token_ids=stop_token_ids(config.target.path),
+            vocab_size=target.vocab_size,
+        )
+
+    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    data = TrainingData(
+        examples(config.data.train),
+        batch_size=config.training.batch_size,
+        max_length=config.data.max_length,
+        num_anchors=num_anchors,
+        seed=config.seed,
+        epochs=None if config.training.steps else config.training.epochs,
+        **processes,
+    )
+    if not config.data.validation:
+        return data, []
+    validation = fixed_batches(
+        examples(config.data.validation),
+        config.evaluation.samples,
+        batch_size=config.training.batch_size // config.training.accumulation_steps,
+        max_length=config.data.max_length,
+        num_anchors=num_anchors,
+        **processes,
+    )
+    return data, validation
+
+
+def compute_dtype(config: RunConfig) -> Any:
+    """`target.dtype`, with auto resolved: bfloat16 on accelerators, float32 on CPU."""
+    if config.target.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.target.dtype)
+
+
+@contextlib.contextmanager
+def _mesh(config: RunConfig) -> Iterator[None]:
+    mesh, devices = config.mesh, jax.device_count()
+    data = mesh.data if mesh.data > 0 else devices // (mesh.fsdp * mesh.tensor)
+    if data * mesh.fsdp * mesh.tensor != devices:
+        raise InputError(
+            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: does not divide the {devices} devices here"
+        )
+    with jax.set_mesh(make_mesh(data, mesh.fsdp, mesh.tensor)):
+        yield
+
+
+@contextlib.contextmanager
+def _precision(config: RunConfig) -> Iterator[None]:
+    # JAX's default multiplies fp32 in bf16 on TPU and in TF32 on recent GPUs.
+    precision = "highest" if compute_dtype(config) == jnp.float32 else "default"
+    with jax.default_matmul_precision(precision):
+        yield
+
+
+def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
+    previous = run / CONFIG_FILE
+    if not previous.exists():
+        return
+    if not resume:
+        raise InputError(f"output_dir {run} already holds a run; continue it with --resume, or choose another folder")
+    old, new = load_config(previous).model_dump(), config.model_dump()
+    changed = [name for name in old if name not in FREE_ON_RESUME and old[name] != new[name]]
+    if changed:
+        raise InputError(
+            f"{previous}: the run to resume differs in {', '.join(changed)}; restore these settings or choose another "
+            "output_dir"
+        )
+
+
+def _write_files(run: Path, config: RunConfig, task: Task) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    for name, value in (task.files | {METADATA_FILE: run_metadata()}).items():
+        (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _size(model: nnx.Module) -> int:
+    return sum(x.size for x in jax.tree.leaves(model))

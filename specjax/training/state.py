@@ -1,0 +1,35 @@
+"""What a run carries from step to step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Model = TypeVar("Model")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState(Generic[Model]):
+    """The trained module (float32 masters), its optimizer state, and the number of updates made (int32 scalar).
+
+    The data position is a function of `step`, and all randomness of the run (anchors, shuffling) is a function of
+    the run's seed and the data position, so nothing else has to be saved.
+    """
+
+    step: jax.Array
+    model: Model
+    opt_state: optax.OptState
+
+    @classmethod
+    def create(cls, model: Model, optimizer: optax.GradientTransformation) -> TrainState[Model]:
+        """The state before the first step. `model` is donated: its arrays become the state's."""
+
+        def init(model: Model) -> TrainState[Model]:
+            return cls(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+
+        return jax.jit(init, donate_argnums=0)(model)
