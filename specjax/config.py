@@ -22,6 +22,8 @@ DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}
 DEFAULT_NUM_TAPS = 5
 DEFAULT_EPOCHS = 6.0
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Section(BaseModel):
     """A strict, immutable group of settings."""
@@ -94,9 +96,6 @@ class LossConfig(Section):
             if getattr(self, name) is not None and self.weighting != weighting:
                 raise ValueError(f"{name} belongs to weighting {weighting!r}, not {self.weighting!r}; drop it")
         return self
-
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
@@ -196,7 +195,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.kind == "causal_lm":
-            given = [name for name in ("draft", "loss") if name in self.model_fields_set]
+            given = sorted({"draft", "loss"} & self.model_fields_set)
             given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
             if given:
                 raise ValueError(f"kind causal_lm trains no draft and ignores {', '.join(given)}; drop it")
