@@ -43,7 +43,7 @@ def draw_anchors(
             f"num_anchors {num_anchors}, seed {seed}, epoch {epoch}, sample ids {sample_ids}: none below 0"
         )
 
-    same_document = (document_ids[:-1] == document_ids[1:]) & (document_ids[:-1] > 0)
+    same_document = document_ids[:-1] == document_ids[1:]
     candidates = np.flatnonzero(loss_mask[:-1] & loss_mask[1:] & same_document)
     by_document = [candidates[document_ids[candidates] == i + 1] for i in range(len(sample_ids))]
     lengths = [int(np.count_nonzero(document_ids == i + 1)) for i in range(len(sample_ids))]

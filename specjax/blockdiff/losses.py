@@ -134,7 +134,7 @@ def _row_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array, weigh: Slot
     peak = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     log_normaliser = jnp.log(jnp.exp(logits - peak).sum(-1)) + peak[..., 0]
     label_logit = jnp.where(vocabulary == labels[..., None], logits, 0.0).sum(-1)
-    cross_entropy = jnp.where(mask, log_normaliser - label_logit, 0.0)
+    cross_entropy = log_normaliser - label_logit
     argmax = jnp.where(logits == peak, vocabulary, logits.shape[-1]).min(-1)
 
     weights = weigh(jnp.exp(-cross_entropy), mask)

@@ -51,8 +51,7 @@ def document_starts(document_ids_bt: jax.Array) -> jax.Array:
     """First position of each token's document, int32 [b, t]; documents are contiguous, padding is a run of its own."""
     position = jnp.arange(document_ids_bt.shape[1], dtype=jnp.int32)
     previous = jnp.pad(document_ids_bt[:, :-1], ((0, 0), (1, 0)))
-    changes = (document_ids_bt != previous) & (position > 0)
-    return jax.lax.cummax(jnp.where(changes, position, 0), axis=1)
+    return jax.lax.cummax(jnp.where(document_ids_bt != previous, position, 0), axis=1)
 
 
 def context_ranges(document_ids_bt: jax.Array, anchors_bN: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -110,9 +110,11 @@ def test_seed_epoch_and_sample_each_change_the_draw():
     assert draw(0, 0, 0) == draws[0]
 
 
-def test_many_short_documents_never_exceed_the_anchors():
+@pytest.mark.parametrize("long_first", [False, True])
+def test_many_short_documents_never_exceed_the_anchors(long_first: bool):
     for documents, n in ((12, 5), (5, 5), (3, 5)):
-        loss_mask, ids = row(*["11"] * documents, "1" * 30)
+        short = ["11"] * documents
+        loss_mask, ids = row("1" * 30, *short) if long_first else row(*short, "1" * 30)
         anchors, valid = draw_anchors(loss_mask, ids, n, seed=0, epoch=0, sample_ids=range(documents + 1))
         per_document = np.bincount(ids[anchors[valid]], minlength=documents + 2)[1:]
         assert valid.sum() == n
