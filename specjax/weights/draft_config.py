@@ -54,7 +54,7 @@ def draft_config_from_hf(raw: Mapping[str, Any], source: str) -> DFlashConfig:
     layers = reader.integer("num_hidden_layers")
     positions = reader.integer("max_position_embeddings", family.max_position_embeddings)
     layer_types, window = _layer_types(reader, layers)
-    values = {
+    values: dict[str, Any] = {
         "intermediate_size": reader.integer("intermediate_size"),
         "num_key_value_heads": reader.integer("num_key_value_heads", heads),
         "head_dim": reader.integer("head_dim", hidden // heads if "head_dim" in raw else family.head_dim),

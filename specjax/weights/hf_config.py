@@ -53,7 +53,7 @@ def decoder_config_from_hf(raw: Mapping[str, Any], source: str) -> DecoderConfig
     layer_types, window = read_layer_types(reader, layers) if family.has_sliding_window else ((), None)
     if not family.has_sliding_window:
         _refuse_windows(reader)
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": reader.integer("vocab_size"),
         "intermediate_size": reader.integer("intermediate_size"),
         "num_key_value_heads": reader.integer("num_key_value_heads", heads),

@@ -146,7 +146,8 @@ def _read_sharded(files: TensorFiles, name: str, transform: Transform, param: ja
         sharding = NamedSharding(sharding.mesh, P(*spec[::-1]))
     slices: dict[str, np.ndarray] = {}
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         key = repr(index)  # devices that hold copies of a slice share one read
         if key not in slices:
             slices[key] = files.read(name, index)
@@ -170,9 +171,11 @@ def _check_tied_head(folder: Path, files: TensorFiles, embedding: jax.Array, emb
     same = a.shape == b.shape and a.dtype == b.dtype
     if same:
         indices = embedding.sharding.addressable_devices_indices_map(a.shape).values()
-        chunks = {repr(chunk): chunk for index in indices for chunk in _row_chunks(index, a.shape, a.nbytes)}
+        chunks = {
+            repr(chunk): chunk for index in indices for chunk in _row_chunks(index or (slice(None),), a.shape, a.nbytes)
+        }
         same = all(
-            np.array_equal(*(files.read(name, chunk).view(np.uint8) for name in (embedding_name, LM_HEAD)))
+            files.read(embedding_name, chunk).tobytes() == files.read(LM_HEAD, chunk).tobytes()
             for chunk in chunks.values()
         )
     if not same:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -38,7 +38,8 @@ def flat_params(module: nnx.Module) -> dict[str, jax.Array]:
 
 def with_params(module: Module, arrays: Mapping[str, jax.Array]) -> Module:
     """A copy of `module` (abstract or not) that holds `arrays`, one for each of its parameters."""
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    parts: tuple[Any, ...] = nnx.split(module, nnx.Param, ...)
+    graphdef, params, rest = parts
     filled = [(path, variable.replace(arrays[_name(path)])) for path, variable in nnx.to_flat_state(params)]
     return nnx.merge(graphdef, nnx.from_flat_state(filled), rest)
 
@@ -49,6 +50,7 @@ def _name(path: tuple[object, ...]) -> str:
 
 def _concrete_mesh(value: jax.Array) -> jax.Array:
     if isinstance(value, jax.ShapeDtypeStruct):
+        assert isinstance(value.sharding, NamedSharding)
         sharding = NamedSharding(jax.sharding.get_mesh(), value.sharding.spec)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)  # type: ignore[return-value]
     return value

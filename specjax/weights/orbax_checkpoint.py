@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -21,7 +22,7 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import mesh_scope
-from specjax.weights.config_fields import read_json
+from specjax.weights.config_fields import raise_problems, read_json
 from specjax.weights.draft_config import draft_config_from_hf, is_draft_config
 from specjax.weights.hf_config import decoder_config_from_hf
 from specjax.weights.load import CONFIG_FILE
@@ -55,10 +56,7 @@ def load_checkpoint(folder: str | Path, *, dtype: Any = jnp.bfloat16) -> Decoder
 
 def checkpoint_dtype(folder: str | Path) -> Any:
     """The widest dtype among a converted checkpoint's parameters, which holds all of them exactly."""
-    try:
-        metadata = ocp.checkpointables_metadata((Path(folder) / CHECKPOINT).absolute()).metadata[PARAMS]
-    except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
-        raise InputError(f"{folder}: holds no readable checkpoint ({_first_line(error)})") from error
+    metadata = _params_metadata(Path(folder) / CHECKPOINT)
     return jnp.result_type(*{jnp.dtype(leaf.dtype) for leaf in metadata.values()})
 
 
@@ -103,13 +101,30 @@ def _load(checkpoint: Path, config_file: Path, dtype: Any) -> Decoder | DFlashDr
     dtype = jnp.dtype(dtype)
     with mesh_scope():
         abstract = abstract_module(lambda: build(rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
-        try:
-            restored = ocp.load_checkpointables(checkpoint.absolute(), {PARAMS: flat_params(abstract)})
-        except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
-            reason = _first_line(error)
-            raise InputError(f"{checkpoint}: is not a checkpoint of {config_file.name}'s model ({reason})") from error
+        params = flat_params(abstract)
+        _check_shapes(checkpoint, config_file, params)
+        restored = ocp.load_checkpointables(checkpoint.absolute(), {PARAMS: params})
         return with_params(abstract, restored[PARAMS])
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _check_shapes(checkpoint: Path, config_file: Path, params: Mapping[str, jax.Array]) -> None:
+    """Raises InputError unless the checkpoint holds the arrays the config describes (Orbax would say so less well)."""
+    saved = {path: tuple(leaf.shape) for path, leaf in _params_metadata(checkpoint).items()}
+    wanted = {path: tuple(param.shape) for path, param in params.items()}
+    problems = [f"missing {path}" for path in wanted if path not in saved]
+    problems += [f"unexpected {path}" for path in saved if path not in wanted]
+    problems += [
+        f"{path}: shape {list(saved[path])}, {config_file.name} makes it {list(shape)}"
+        for path, shape in wanted.items()
+        if saved.get(path, shape) != shape
+    ]
+    raise_problems(f"{checkpoint}: is not a checkpoint of {config_file.name}'s model", problems)
+
+
+def _params_metadata(checkpoint: Path) -> dict[str, Any]:
+    try:
+        metadata = ocp.checkpointables_metadata(checkpoint.absolute()).metadata[PARAMS]
+    except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{checkpoint}: holds no readable {PARAMS!r} ({reason})") from error
+    return dict(metadata)

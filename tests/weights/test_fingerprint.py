@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from specjax.errors import InputError
+from specjax.models.sharding import make_mesh
+from specjax.weights import (
+    fingerprint_warning,
+    load_target,
+    read_fingerprint,
+    save_draft,
+    save_target,
+    target_fingerprint,
+)
+from tests.weights.tiny import draft_config, raw_config, tiny_decoder, tiny_draft
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_target(tiny_decoder(raw_config(), jnp.bfloat16), tmp_path_factory.mktemp("target") / "m")
+
+
+def test_a_target_has_one_fingerprint_in_any_dtype_on_any_mesh(folder: Path) -> None:
+    prints = {target_fingerprint(load_target(folder, dtype=dtype)) for dtype in (jnp.bfloat16, jnp.float32)}
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        prints.add(target_fingerprint(load_target(folder)))
+    assert len(prints) == 1
+
+
+def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
+    target = load_target(folder)
+    trained = target_fingerprint(target, chat_template="{{ x }}", thinking="off")
+    save_draft(tiny_draft(draft_config()), tmp_path / "draft", fingerprint=trained)
+    recorded = read_fingerprint(tmp_path / "draft")
+    assert recorded == trained
+    assert fingerprint_warning(recorded, trained) is None
+    assert fingerprint_warning(recorded, target_fingerprint(target)) is None  # unknown is not different
+    assert fingerprint_warning(None, trained) is None
+
+    def warning(**changes: str) -> str:
+        served = target_fingerprint(target, **{"chat_template": "{{ x }}", "thinking": "off"} | changes)
+        return fingerprint_warning(recorded, served) or ""
+
+    assert "the chat template differs" in warning(chat_template="{{ y }}")
+    assert "the thinking mode differs" in warning(thinking="on")
+    weight = target.embed_tokens.weight
+    weight[...] = -weight[...]
+    assert "the target's weights differ" in warning()
+
+
+def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+    assert read_fingerprint(tmp_path) is None
+    (tmp_path / "specjax.json").write_text(json.dumps({"target_fingerprint": {"embedding": "x"}}))
+    with pytest.raises(InputError, match="target_fingerprint"):
+        read_fingerprint(tmp_path)

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from specjax.weights import load_target
+from specjax.weights.load_benchmark import (
+    BENCHMARK_CONFIG,
+    STATUS,
+    AnonymousMemory,
+    measure_load,
+    write_random_model,
+)
+from specjax.weights.module_params import flat_params
+
+SMALL = replace(
+    BENCHMARK_CONFIG,
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    layer_types=(),
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+
+
+def test_random_models_load_and_are_measured(tmp_path: Path) -> None:
+    folder = write_random_model(tmp_path / "m", SMALL)
+    assert all(0 < np.asarray(x, np.float32).std() < 0.05 for x in flat_params(load_target(folder)).values())
+    result = measure_load(folder, repeats=2)
+    assert result["files_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert result["largest_tensor_bytes"] == 64 * 32 * 2
+    assert len(result["read_all_seconds"]) == len(result["load_all_seconds"]) == 2
+    assert result["ratio"] == result["load_seconds"] / result["read_seconds"]
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system reports no anonymous memory")
+def test_anonymous_memory_sees_an_allocation_that_is_gone_again() -> None:
+    with AnonymousMemory() as memory:
+        array = np.ones(1 << 25, np.uint8)
+        memory._stop.wait(0.2)
+        del array
+    assert memory.growth is not None
+    assert memory.growth >= 0.9 * (1 << 25)
