@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -24,14 +25,13 @@ RELEASED = {
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     },
+    "yarn-of-the-models-own-length": {"theta": 1e6, "rope_type": "yarn", "factor": 4.0},
     "qwen3-8b-yarn": {"theta": 1e6, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
 }
 
 
 @pytest.mark.parametrize("name", [*ROPES, *RELEASED])
 def test_rotary_tables_equal_transformers(name: str) -> None:
-    import torch
-
     rope: dict[str, Any] = (ROPES | RELEASED)[name]
     positions, head_dim, limit = np.array([[0, 1, 63, 1000]]), 64, 131072
     config = LlamaConfig(head_dim=head_dim, max_position_embeddings=limit, rope_parameters=hf_rope(rope))
