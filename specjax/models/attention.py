@@ -75,8 +75,9 @@ def attention(
         return _chunked_attention(queries, segments, scale, query_chunk)
 
     in_specs: tuple[P, tuple[KeySegment, ...]] = (SPECS.queries_bNqnh, tuple(specs(segment) for segment in segments))
-    mapped = jax.shard_map(local, in_specs=in_specs, out_specs=SPECS.queries_bNqnh)
-    return mapped(queries_bNqnh, tuple(segments))
+    # Reshapes of a single row lose the batch axes from the type; resharding restores them and moves nothing.
+    inputs = jax.reshard((queries_bNqnh, tuple(segments)), in_specs)
+    return jax.shard_map(local, in_specs=in_specs, out_specs=SPECS.queries_bNqnh)(*inputs)
 
 
 def _pick_heads(segment: KeySegment, heads: jax.Array) -> KeySegment:

@@ -77,6 +77,24 @@ def check_heads(num_attention_heads: int, num_key_value_heads: int) -> None:
         )
 
 
+def check_mesh_fits(config: DecoderConfig) -> None:
+    """Raises ValueError, naming every field, where the mesh in force does not divide the model's dimensions.
+
+    Key/value heads need not divide: they are copied to every tensor shard when they do not.
+    """
+    split = (
+        ("tensor", "num_attention_heads", config.num_attention_heads),
+        ("tensor", "intermediate_size", config.intermediate_size),
+        ("tensor", "vocab_size", config.vocab_size),
+        ("fsdp", "hidden_size", config.hidden_size),
+    )
+    wrong = [
+        f"{axis} {axis_size(axis)} does not divide {name} {size}" for axis, name, size in split if size % axis_size(axis)
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong) + "; choose another mesh")
+
+
 def check_layer_types(layer_types: tuple[str, ...], num_layers: int, sliding_window: int | None) -> None:
     """Raises ValueError where `layer_types` is no list of `num_layers` known types or lacks its window."""
     if len(layer_types) != num_layers:

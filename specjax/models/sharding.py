@@ -35,6 +35,7 @@ class Specs:
     replicated_bias_o: P = P(None)
     norm_d: P = P(None)
     # Activations.
+    act_b: P = P(BATCH)
     act_bt: P = P(BATCH, None)
     act_bN: P = P(BATCH, None)
     act_bNB: P = P(BATCH, None, None)

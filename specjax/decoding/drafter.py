@@ -1,0 +1,78 @@
+"""What the decoder asks of a drafter, and the DFlash draft as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from specjax.models.decoder import Decoder
+from specjax.models.dflash import DFlashDraft
+from specjax.models.kv_cache import KVCache
+from specjax.models.sharding import SPECS
+
+
+class Drafter(Protocol):
+    """A pytree that proposes the tokens after a row's last one. Its functions are pure and run inside jit."""
+
+    @property
+    def block_size(self) -> int:
+        """Slots of a block: the known token and the proposals."""
+
+    @property
+    def tap_ids(self) -> tuple[int, ...]:
+        """Target layers whose outputs `observe` receives."""
+
+    def init(self, rows: int, capacity: int) -> Any:
+        """The state of `rows` rows of at most `capacity` tokens, before any token."""
+
+    def observe(self, state: Any, taps_btm: jax.Array, positions_bt: jax.Array, slots_bt: jax.Array) -> Any:
+        """Takes in the target's taps of tokens at `positions_bt`; a slot outside the capacity is not stored.
+
+        Taps of rejected tokens come too; those of the next round replace them, and `draft` may not look past the
+        row's length.
+        """
+
+    def draft(self, state: Any, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
+        """Proposals [b, block_size - 1] for positions length + 1, ...; `last_token_b` sits at position `length_b`."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DFlashDrafter:
+    """The DFlash draft; its state is the K/V cache of the context, filled as the target's taps arrive."""
+
+    model: DFlashDraft
+
+    @property
+    def block_size(self) -> int:
+        return self.model.config.block_size
+
+    @property
+    def tap_ids(self) -> tuple[int, ...]:
+        return self.model.config.target_layer_ids
+
+    def init(self, rows: int, capacity: int) -> KVCache:
+        config = self.model.config
+        return KVCache.create(
+            config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim, self.model.dtype
+        )
+
+    def observe(self, state: KVCache, taps_btm: jax.Array, positions_bt: jax.Array, slots_bt: jax.Array) -> KVCache:
+        context_kv = self.model.context_kv(self.model.context(taps_btm), positions_bt)
+        for layer, (keys, values) in enumerate(context_kv):
+            state = state.write(layer, keys, values, slots_bt)
+        return state
+
+    def draft(self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
+        """Context is strictly before the last token, whose own hidden state the target has not computed yet."""
+        config = self.model.config
+        masks = jnp.full((last_token_b.shape[0], config.block_size - 1), config.mask_token_id, jnp.int32)
+        block = jnp.concatenate([last_token_b[:, None], jax.reshard(masks, SPECS.act_bt)], axis=1)
+        noise = target.embed(block)[:, None]
+        context_kv = tuple(zip(state.keys, state.values, strict=True))
+        stop = length_b[:, None]
+        hidden = self.model(noise, context_kv, jnp.zeros_like(stop), stop)[:, 0, 1:]
+        return jnp.argmax(target.logits(hidden), axis=-1).astype(jnp.int32)

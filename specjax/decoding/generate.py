@@ -1,0 +1,196 @@
+"""Generation from lists of token ids: validation, batching into static shapes, and the compiled decoder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.loop import DecodeState, Limits, decode, prefill
+from specjax.errors import InputError
+from specjax.fetch import fetch
+from specjax.models.decoder import Decoder
+from specjax.models.dflash import DFlashDraft
+from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
+
+PROMPT_BUCKET = 64  # prompts are padded to a power of two times this, or to the model's limit
+NEW_TOKENS_BUCKET = 64
+STOPS_BUCKET = 4
+
+
+@dataclass(frozen=True)
+class Generation:
+    """tokens: new tokens per prompt, a stop token included as the last. rounds: per prompt, matched drafts + 1 of each
+    round before any cut (empty without a draft). prefill_seconds, decode_seconds: wall time of the two phases.
+    """
+
+    tokens: list[list[int]]
+    rounds: list[list[int]]
+    prefill_seconds: float
+    decode_seconds: float
+
+
+def generate(
+    target: Decoder,
+    prompts: Sequence[Sequence[int]],
+    draft: DFlashDraft | Drafter | None = None,
+    max_new_tokens: int | Sequence[int] = 128,
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+    draft_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Generation:
+    """Continues `prompts` (lists of token ids) greedily, speculatively if a draft is given; the output is the same.
+
+    max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. draft_tokens: drafts verified a round, at
+    most block size - 1 (the default). Prompts of one call run as one batch.
+
+    Raises:
+        InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a draft of
+            another target, a temperature other than 0, or limits out of range.
+    """
+    if temperature != 0.0 or seed != 0:
+        raise InputError(
+            f"temperature is {temperature} and seed {seed}; only greedy decoding is available: leave both 0"
+        )
+    drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
+    new_tokens, stops = _per_prompt(prompts, max_new_tokens, stop_token_ids)
+    _check(target, prompts, new_tokens, stops)
+    width = _check_drafter(target, drafter, draft_tokens)
+    if not prompts:
+        return Generation([], [], 0.0, 0.0)
+    with mesh_scope():
+        batch = Batch.build(target, prompts, new_tokens, stops, drafter.block_size if drafter else 1)
+        started = time.perf_counter()
+        state = jax.block_until_ready(batch.prefill(target, drafter))
+        prefilled = time.perf_counter()
+        state = jax.block_until_ready(decode(target, drafter, state, batch.limits, draft_tokens=width))
+        finished = time.perf_counter()
+    tokens, rounds = batch.outputs(state)
+    return Generation(tokens, rounds if drafter else [[] for _ in prompts], prefilled - started, finished - prefilled)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded to static shapes and placed on the mesh.
+
+    Rows are padded with empty prompts to a multiple of the batch axes. capacity holds the prompt bucket, the bucket of
+    new tokens and one block, because a round writes a whole block past the last committed token.
+    """
+
+    prompts: jax.Array
+    prompt_length: jax.Array
+    limits: Limits
+    capacity: int
+    max_rounds: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls,
+        target: Decoder,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: Sequence[int],
+        stops: Sequence[Sequence[int]],
+        block_size: int,
+    ) -> Batch:
+        rows = -(-len(prompts) // axis_size(*BATCH)) * axis_size(*BATCH)
+        bucket = _bucket(max(map(len, prompts)), PROMPT_BUCKET)
+        max_rounds = _bucket(max(new_tokens), NEW_TOKENS_BUCKET)
+        ids = np.zeros((rows, bucket), np.int32)
+        length, total = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        stop = np.full((rows, _bucket(max(1, *map(len, stops)), STOPS_BUCKET)), -1, np.int32)
+        for i, prompt in enumerate(prompts):
+            ids[i, : len(prompt)] = prompt
+            length[i], total[i] = len(prompt), len(prompt) + new_tokens[i]
+            stop[i, : len(stops[i])] = stops[i]
+        limits = Limits(put(total, SPECS.act_b), put(stop, SPECS.act_bt))
+        capacity = bucket + max_rounds + block_size
+        lengths = tuple(map(len, prompts))
+        return cls(put(ids, SPECS.act_bt), put(length, SPECS.act_b), limits, capacity, max_rounds, lengths)
+
+    def prefill(self, target: Decoder, drafter: Drafter | None) -> DecodeState:
+        return prefill(
+            target,
+            drafter,
+            self.prompts,
+            self.prompt_length,
+            self.limits,
+            capacity=self.capacity,
+            max_rounds=self.max_rounds,
+        )
+
+    def outputs(self, state: DecodeState) -> tuple[list[list[int]], list[list[int]]]:
+        """New tokens and rounds of every prompt: the call's one copy to the host."""
+        tokens, length, rounds = fetch((state.tokens, state.length, state.rounds))
+        new = [tokens[i, n : length[i] + 1].tolist() for i, n in enumerate(self.lengths)]
+        return new, [row[row > 0].tolist() for row in rounds[: len(self.lengths)]]
+
+
+def _bucket(size: int, smallest: int) -> int:
+    """The least smallest * 2^k that holds `size`."""
+    bucket = smallest
+    while bucket < size:
+        bucket *= 2
+    return bucket
+
+
+def _per_prompt(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    stop_token_ids: Sequence[int] | Sequence[Sequence[int]],
+) -> tuple[list[int], list[list[int]]]:
+    count = len(prompts)
+    new_tokens = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    nested = bool(stop_token_ids) and not isinstance(stop_token_ids[0], (int, np.integer))
+    stops = [list(ids) for ids in stop_token_ids] if nested else [list(stop_token_ids)] * count  # type: ignore[arg-type, call-overload]
+    for name, values in (("max_new_tokens", new_tokens), ("stop_token_ids", stops)):
+        if len(values) != count:
+            raise InputError(f"{name} has {len(values)} entries for {count} prompts; give one for all or one a prompt")
+    return new_tokens, stops
+
+
+def _check(
+    target: Decoder, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], stops: Sequence[Sequence[int]]
+) -> None:
+    vocab_size, limit = target.config.vocab_size, target.config.max_position_embeddings
+    for i, (prompt, new, stop) in enumerate(zip(prompts, new_tokens, stops, strict=True)):
+        if not len(prompt):
+            raise InputError(f"prompt {i} is empty; give at least one token")
+        if new < 1:
+            raise InputError(f"prompt {i}: max_new_tokens is {new}; give at least 1")
+        for name, ids in (("token", prompt), ("stop token", stop)):
+            bad = [t for t in ids if not 0 <= t < vocab_size]
+            if bad:
+                raise InputError(f"prompt {i}: {name} id {bad[0]} is outside the target's vocabulary of {vocab_size}")
+        if len(prompt) + new > limit:
+            raise InputError(
+                f"prompt {i}: {len(prompt)} tokens and {new} new ones exceed the target's context of {limit}; "
+                "shorten the prompt or lower max_new_tokens"
+            )
+
+
+def _check_drafter(target: Decoder, drafter: Drafter | None, draft_tokens: int | None) -> int:
+    """Drafts to verify a round."""
+    if drafter is None:
+        if draft_tokens is not None:
+            raise InputError(f"draft_tokens is {draft_tokens}, but there is no draft; give one or leave it out")
+        return 0
+    if isinstance(drafter, DFlashDrafter):
+        ours, theirs = drafter.model.config, target.config
+        for name, mine, its in (
+            ("hidden_size", ours.hidden_size, theirs.hidden_size),
+            ("vocab_size", ours.vocab_size, theirs.vocab_size),
+            ("number of target layers", ours.num_target_layers, theirs.num_hidden_layers),
+        ):
+            if mine != its:
+                raise InputError(f"the draft's {name} is {mine}, the target's {its}; use the target it was trained for")
+    most = drafter.block_size - 1
+    width = most if draft_tokens is None else draft_tokens
+    if not 1 <= width <= most:
+        raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {most}")
+    return width
