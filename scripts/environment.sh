@@ -57,5 +57,5 @@ prepare_environment() {
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --quiet "$@"
+    "$VENV/bin/python" -m pip install -qq "$@"
 }

@@ -7,6 +7,7 @@ Importing this module starts no JAX, so a mistake in a config is reported at onc
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,8 @@ class DraftConfig(Section):
         ids = self.target_layer_ids
         if (self.num_taps is None) == (ids is None):
             raise ValueError(
-                f"num_taps is {self.num_taps} and target_layer_ids is {ids}; give one of them and set the other to null"
+                f"num_taps is {_shown(self.num_taps)} and target_layer_ids is {_shown(ids)}; "
+                "give one of them and set the other to null"
             )
         if ids is not None and len(set(ids)) != len(ids):
             raise ValueError(f"target_layer_ids {list(ids)} lists a layer twice; drop the duplicate")
@@ -139,7 +141,8 @@ class TrainingConfig(Section):
             )
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"epochs is {self.epochs} and steps is {self.steps}; give one of them and set the other to null"
+                f"epochs is {_shown(self.epochs)} and steps is {_shown(self.steps)}; "
+                "give one of them and set the other to null"
             )
         return self
 
@@ -313,10 +316,15 @@ def _problems(error: pydantic.ValidationError) -> Iterable[str]:
         elif problem["type"] == "missing":
             yield f"{name} is missing; set it"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
+            message = problem["msg"].removeprefix("Value error, ").replace("Tuple", "list").replace("tuple", "list")
             message = message[0].lower() + message[1:]
-            given = "" if isinstance(problem["input"], Mapping) else f" is {problem['input']!r}"
+            given = "" if isinstance(problem["input"], Mapping) else f" is {_shown(problem['input'])}"
             yield f"{name}{given}: {message}" if name else message
+
+
+def _shown(value: Any) -> str:
+    """A value in YAML's words: null, true, lists."""
+    return json.dumps(value, default=str)
 
 
 def _neighbour(location: tuple[str, ...]) -> str:

@@ -1,0 +1,261 @@
+"""The run config as a user meets it: files, overrides, and every mistake by name."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from specjax.config import RunConfig, dump_config, load_config, parse_config
+from specjax.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MINIMAL = """
+output_dir: runs/a
+target:
+  path: some/model
+data:
+  train: [train.jsonl]
+"""
+
+
+def load(folder: Path, text: str = MINIMAL, *overrides: str) -> RunConfig:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def refused(folder: Path, *overrides: str, text: str = MINIMAL) -> str:
+    with pytest.raises(InputError) as info:
+        load(folder, text, *overrides)
+    return str(info.value)
+
+
+def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+
+
+def test_defaults_are_the_dflash_recipe(tmp_path):
+    config = load(tmp_path)
+    assert (config.draft.block_size, config.draft.num_layers, config.draft.num_taps) == (16, 5, 5)
+    assert (config.data.num_anchors, config.data.max_length) == (512, 3072)
+    assert (config.loss.objective, config.loss.weighting, config.gamma) == ("ce", "exp", 7.0)
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (6e-4, (0.9, 0.95), 0.0)
+    assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.min_lr_ratio) == ("cosine", 0.04, 0.1)
+    assert (optimizer.clip_norm, config.training.epochs, config.training.steps) == (1.0, 6.0, None)
+    assert config.loss.cumulative_mask
+
+
+@pytest.mark.parametrize(("block_size", "gamma"), [(16, 7.0), (10, 5.0), (8, 4.0)])
+def test_gamma_follows_the_block_size(tmp_path, block_size, gamma):
+    assert load(tmp_path, MINIMAL, f"draft.block_size={block_size}").gamma == gamma
+
+
+def test_given_gamma_rules_and_other_weightings_have_none(tmp_path):
+    assert load(tmp_path, MINIMAL, "draft.block_size=12", "loss.gamma=6").gamma == 6.0
+    assert load(tmp_path, MINIMAL, "draft.block_size=12", "loss.weighting=uniform").gamma is None
+
+
+@pytest.mark.parametrize("number", ["6e-4", "6E-4", "6.e-4", ".6e-3", "+6e-4", "0.0006", "6.0e-04"])
+def test_scientific_notation_is_a_number_in_files_and_overrides(tmp_path, number):
+    assert load(tmp_path, MINIMAL + f"optimizer: {{learning_rate: {number}}}").optimizer.learning_rate == 6e-4
+    assert load(tmp_path, MINIMAL, f"optimizer.learning_rate={number}").optimizer.learning_rate == 6e-4
+
+
+def test_overrides_add_sections_replace_values_and_parse_yaml(tmp_path):
+    config = load(
+        tmp_path,
+        MINIMAL + "training: {batch_size: 4}",
+        "training.batch_size=16",
+        "training.remat=false",
+        "data.train=[a.jsonl, 'b*.jsonl']",
+        "data.chat_template_kwargs.enable_thinking=false",
+        "loss.gamma=null",
+        "output_dir=runs/a=b",
+    )
+    assert (config.training.batch_size, config.training.remat) == (16, False)
+    assert config.data.train == ("a.jsonl", "b*.jsonl")
+    assert config.data.chat_template_kwargs == {"enable_thinking": False}
+    assert config.output_dir == "runs/a=b"
+
+
+def test_steps_take_the_place_of_the_default_epochs(tmp_path):
+    assert load(tmp_path, MINIMAL, "training.steps=100").training.epochs is None
+    config = load(tmp_path, MINIMAL + "training: {epochs: 2}", "training.epochs=null", "training.steps=100")
+    assert (config.training.epochs, config.training.steps) == (None, 100)
+
+
+def test_layer_ids_take_the_place_of_the_default_taps(tmp_path):
+    draft = load(tmp_path, MINIMAL, "draft.target_layer_ids=[9, 1, 5]").draft
+    assert (draft.num_taps, draft.target_layer_ids) == (None, (9, 1, 5))
+
+
+BAD_OVERRIDES = [
+    ("optimizer.learningrate=1e-3", "unknown key optimizer.learningrate; did you mean optimizer.learning_rate?"),
+    ("learning_rate=1e-3", "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+    ("optimiser.eps=1e-3", "unknown key optimiser; did you mean optimizer?"),
+    ("draft.batch_size=4", "unknown key draft.batch_size; did you mean draft.block_size?"),
+    ("mesh.zzz=4", "unknown key mesh.zzz; known keys: data, fsdp, tensor"),
+    ("training.batch_size='8'", 'training.batch_size is "8": input should be a valid integer'),
+    ("training.batch_size=8.5", "training.batch_size is 8.5: input should be a valid integer"),
+    ("training.remat=1", "training.remat is 1: input should be a valid boolean"),
+    ("optimizer.learning_rate=fast", 'optimizer.learning_rate is "fast": input should be a valid number'),
+    ("optimizer.learning_rate=.inf", "optimizer.learning_rate is Infinity: input should be a finite number"),
+    ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 is 1.0: input should be less than 1"),
+    ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing"),
+    ("loss.weighting=linear", "loss.weighting is \"linear\": input should be 'exp', 'uniform' or 'dpace'"),
+    ("loss=null", "loss is null"),
+    ("data.train=[]", "data.train is []: list should have at least 1 item"),
+    ("data.train=train.jsonl", 'data.train is "train.jsonl": input should be a valid list'),
+    ("seed=-1", "seed is -1: input should be greater than or equal to 0"),
+    ("draft.block_size=1", "draft.block_size is 1: input should be greater than or equal to 2"),
+    ("draft.num_layers=0", "draft.num_layers is 0: input should be greater than or equal to 1"),
+    ("draft.num_taps=null", "num_taps is null and target_layer_ids is null; give one of them"),
+    ("draft.target_layer_ids=[]", "draft.target_layer_ids is []: list should have at least 1 item"),
+    ("draft.target_layer_ids=[1, -2]", "draft.target_layer_ids.1 is -2: input should be greater than or equal to 0"),
+    ("draft.target_layer_ids=[1, 4, 1]", "target_layer_ids [1, 4, 1] lists a layer twice"),
+    ("draft.block_size=12", "loss.gamma has no default for draft.block_size 12 (known: 16: 7, 10: 5, 8: 4)"),
+    ("target.init=random", "target.init random belongs to kind causal_lm"),
+    ("optimizer.decay_ratio=0.5", "decay_ratio belongs to schedule 'wsd'"),
+    ("training.accumulation_steps=3", "batch_size 8 is not a multiple of accumulation_steps 3"),
+    ("training.epochs=null", "epochs is null and steps is null; give one of them"),
+    ("mesh.data=0", "data is 0; give -1"),
+    ("mesh.fsdp=-1", "mesh.fsdp is -1: input should be greater than or equal to 1"),
+    ("loss.alpha=0.3", "alpha belongs to weighting 'dpace', not 'exp'"),
+    ("kind=lora", "kind is \"lora\": input should be 'dflash' or 'causal_lm'"),
+    ("steps", "override 'steps': write section.key=value"),
+    ("=3", "override '=3': write section.key=value"),
+    ("seed.a=3", "override 'seed.a=3': seed is not a section"),
+    ("seed=[1", "override 'seed=[1': the value is not YAML"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES, ids=[override for override, _ in BAD_OVERRIDES])
+def test_a_bad_setting_is_named_with_its_remedy(tmp_path, override, message):
+    text = refused(tmp_path, override, text=MINIMAL + "seed: 0")
+    assert message in text
+    assert override in text
+
+
+BAD_PAIRS = [
+    (("loss.weighting=dpace", "loss.gamma=4"), "gamma belongs to weighting 'exp', not 'dpace'"),
+    (("training.steps=10", "training.epochs=2"), "epochs is 2.0 and steps is 10"),
+    (("draft.num_taps=2", "draft.target_layer_ids=[1, 2, 3]"), "num_taps is 2 and target_layer_ids is"),
+    (("kind=causal_lm", "draft.num_layers=2"), "kind causal_lm trains no draft and ignores draft"),
+    (("kind=causal_lm", "loss.gamma=2", "data.num_anchors=4"), "ignores loss, data.num_anchors"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), BAD_PAIRS, ids=[" ".join(pair) for pair, _ in BAD_PAIRS])
+def test_settings_that_exclude_each_other_are_refused(tmp_path, overrides, message):
+    for override in overrides[1:]:
+        assert message not in _message_of(tmp_path, override)
+    assert message in refused(tmp_path, *overrides)
+
+
+def _message_of(folder: Path, *overrides: str) -> str:
+    try:
+        load(folder, MINIMAL, *overrides)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_every_mistake_is_reported_at_once_with_the_file(tmp_path):
+    text = refused(tmp_path, text="output_dir: 3\nmesh: {fdsp: 2}\ndata: {}\n")
+    assert text.startswith(f"{tmp_path / 'run.yaml'}: ")
+    for part in ("output_dir is 3", "did you mean mesh.fsdp?", "target is missing", "data.train is missing"):
+        assert part in text
+
+
+def test_overrides_are_named_beside_the_file(tmp_path):
+    assert refused(tmp_path, "mesh.fdsp=2").startswith(f"{tmp_path / 'run.yaml'} with mesh.fdsp=2: unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "run.yaml: is not YAML"),
+        ("- a\n- b\n", "run.yaml: holds list, not a mapping"),
+        ("", "run.yaml: holds NoneType, not a mapping"),
+        (MINIMAL + "seed: 1\nseed: 2\n", "key 'seed' is given twice; drop one"),
+        (MINIMAL + "mesh:\n  fsdp: 1\n  fsdp: 2\n", "key 'fsdp' is given twice; drop one"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path, text, message):
+    assert message in refused(tmp_path, text=text)
+
+
+def test_an_absent_file_a_folder_and_bytes_are_refused(tmp_path):
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
+    for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "bytes.yaml"):
+        with pytest.raises(InputError, match="cannot be read") as info:
+            load_config(path)
+        assert str(path) in str(info.value)
+
+
+DUMPED = [
+    (),
+    ("training.steps=10",),
+    ("draft.target_layer_ids=[1, 3]", "draft.block_size=10"),
+    ("kind=causal_lm", "target.init=random", "optimizer.schedule=wsd", "optimizer.decay_ratio=0.1"),
+    ("data.chat_template_kwargs={tools: [a, b]}", "optimizer.eps=1e-12"),
+]
+
+
+@pytest.mark.parametrize("overrides", DUMPED, ids=" ".join)
+def test_a_dumped_config_loads_equal(tmp_path, overrides):
+    config = load(tmp_path, MINIMAL, *overrides)
+    again = load(tmp_path, dump_config(config))
+    assert again.model_dump() == config.model_dump()
+    assert dump_config(again) == dump_config(config)
+
+
+def test_a_config_cannot_be_changed(tmp_path):
+    with pytest.raises(ValidationError, match="frozen"):
+        load(tmp_path).optimizer.learning_rate = 1.0  # type: ignore[misc]
+
+
+def test_parse_config_takes_a_mapping_and_names_its_source():
+    raw = {"output_dir": "a", "target": {"path": "b"}, "data": {"train": ["c"]}}
+    assert parse_config(raw, "here").data.train == ("c",)
+    with pytest.raises(InputError, match="here: data is missing"):
+        parse_config({name: raw[name] for name in ("output_dir", "target")}, "here")
+
+
+def test_every_field_is_described():
+    assert not [name for name, field in fields(RunConfig) if "." in name and not field.description]
+
+
+def test_reading_a_config_starts_no_jax(tmp_path):
+    (tmp_path / "run.yaml").write_text(MINIMAL, encoding="utf-8")
+    code = "import sys; from specjax.config import load_config; load_config('run.yaml'); print('jax' in sys.modules)"
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(CONFIGS.parent)!r}); {code}"]
+    assert subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load_and_state_only_what_differs(path):
+    config = load_config(path)
+    fields_of = config.model_fields_set - {"kind", "output_dir", "target", "data"}
+    for name in fields_of:
+        section = getattr(config, name)
+        for key in section.model_fields_set - {"num_taps", "epochs"}:
+            assert getattr(section, key) != type(section).model_fields[key].get_default(), (
+                f"{name}.{key} is the default"
+            )
+
+
+def test_shipped_recipes():
+    qwen, llama = (load_config(CONFIGS / f"{name}-dflash.yaml") for name in ("qwen3-8b", "llama3.1-8b"))
+    assert (qwen.draft.mask_token_id, qwen.draft.block_size, qwen.gamma) == (151669, 16, 7.0)
+    assert (llama.draft.mask_token_id, llama.draft.block_size, llama.gamma) == (128002, 10, 5.0)
+    assert (
+        qwen.optimizer == llama.optimizer == RunConfig.model_fields["optimizer"].get_default(call_default_factory=True)
+    )
