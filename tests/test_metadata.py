@@ -46,12 +46,14 @@ def test_revision_is_that_of_the_source_and_marks_changes(tmp_path):
     for name in ("__init__.py", "metadata.py"):
         shutil.copy(source / name, package)
     git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-q", "-m", "not ours")
     assert run_in(package.parent)["git_revision"] is None  # the folder above is some other project's repository
 
     git(package.parent, "init", "-q")
     git(package.parent, "add", "specjax")
     git(package.parent, "commit", "-q", "-m", "first")
-    git(package.parent, "tag", "v1")
+    git(package.parent, "tag", "-a", "v1", "-m", "a release")
     revision = git(package.parent, "rev-parse", "HEAD")
     metadata = run_in(package.parent)
     assert metadata["git_revision"] == revision
