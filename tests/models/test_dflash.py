@@ -131,6 +131,13 @@ def test_a_block_sees_its_documents_context_strictly_before_its_anchor(inputs: I
         np.testing.assert_array_equal(changed == 0.0, np.repeat(~seen[..., None], FULL.block_size, -1), str(slot))
 
 
+def test_a_single_row_equals_its_row_of_a_batch(inputs: Inputs) -> None:
+    _, draft = load(FULL)
+    batch = run(draft, *inputs.jax())
+    alone = run(draft, *Inputs(*(x[1:] for x in inputs)).jax(), query_chunk=6)
+    np.testing.assert_allclose(alone, batch[1:], rtol=0, atol=1e-5)
+
+
 def test_a_block_sees_no_other_block(inputs: Inputs) -> None:
     _, draft = load(FULL)
     base = np.asarray(run(draft, *inputs.jax()))
