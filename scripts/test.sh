@@ -16,7 +16,7 @@ prepare_environment test install
 
 python=$VENV/bin/python
 export JAX_PLATFORMS=cpu
-"$python" -m ruff check --quiet .
-"$python" -m ruff format --check --quiet .
+"$python" -m ruff check .
+"$python" -m ruff format --check .
 "$python" -m mypy
 exec "$python" -m pytest -q "$@"
