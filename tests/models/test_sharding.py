@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.sharding import get_abstract_mesh
 
-from specjax.models.decoder import Decoder, DecoderConfig
+from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft
 from specjax.models.kv_cache import KVCache
 from specjax.models.layers import RopeConfig
@@ -222,6 +222,18 @@ def test_models_of_true_size_have_the_published_number_of_parameters(config: Dec
 def test_a_mesh_that_does_not_fit_is_refused(shape: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_mesh(*shape)
+
+
+def test_a_model_that_a_mesh_does_not_divide_is_refused_by_every_field() -> None:
+    odd = dataclasses.replace(TARGET, num_attention_heads=6, vocab_size=63, hidden_size=33)
+    with jax.set_mesh(make_mesh(2, 1, 4)):
+        check_mesh_fits(TARGET)
+        with pytest.raises(
+            ValueError, match=r"tensor 4 does not divide num_attention_heads 6; .* vocab_size 63; choose"
+        ):
+            check_mesh_fits(odd)
+    with jax.set_mesh(make_mesh(fsdp=2)), pytest.raises(ValueError, match="fsdp 2 does not divide hidden_size 33"):
+        check_mesh_fits(odd)
 
 
 def test_mesh_scope_keeps_the_mesh_in_force_and_otherwise_enters_one_device() -> None:
