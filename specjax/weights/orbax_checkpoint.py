@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from specjax.errors import InputError
@@ -39,12 +40,14 @@ SCORE = "score"  # the metric, higher is better, by which a run's best checkpoin
 def save_checkpoint(module: nnx.Module, folder: str | Path, config: Mapping[str, Any]) -> Path:
     """Writes `module` as an Orbax checkpoint with its Hugging Face style `config`."""
     folder = Path(folder)
-    if folder.exists():
+    # The first process looks for all: another's answer would depend on whether the folder was already made.
+    if multihost_utils.broadcast_one_to_all(folder.exists()):
         raise InputError(f"{folder}: exists; give a new folder")
-    folder.mkdir(parents=True)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     with mesh_scope():
         ocp.save_checkpointables((folder / CHECKPOINT).absolute(), {PARAMS: flat_params(module)})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

@@ -82,28 +82,6 @@ def test_each_slice_is_read_once_and_nothing_else(qwen3_folder: Path, monkeypatc
     assert read_elements["model.norm.weight"] == 32
 
 
-def test_a_process_reads_only_what_its_devices_hold(qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`make_array_from_callback` asks for addressable shards only; here half of the devices play another process."""
-    import specjax.weights.load as load
-
-    asked = []
-
-    def half(
-        shape: tuple[int, ...], sharding: jax.sharding.NamedSharding, callback: object, dtype: object
-    ) -> jax.Array:
-        indices = sharding.devices_indices_map(shape)
-        arrays = {device: callback(index) for device, index in indices.items() if device.id % 2 == 0}
-        asked.append((shape, sum({repr(indices[d]): x.size for d, x in arrays.items()}.values())))
-        return jnp.zeros(shape, dtype, out_sharding=sharding.spec)
-
-    monkeypatch.setattr(load.jax, "make_array_from_callback", half)
-    with jax.set_mesh(make_mesh(1, 1, 2)):
-        load_target(qwen3_folder)
-    matrices = [(np.prod(shape), size) for shape, size in asked if len(shape) == 2]
-    assert matrices
-    assert all(size == total // 2 for total, size in matrices)
-
-
 def test_all_problems_are_reported_together(qwen3_folder: Path, tmp_path: Path) -> None:
     folder = edited(
         qwen3_folder,
