@@ -1,0 +1,104 @@
+"""Measures decoding or loading: `python -m specjax.benchmark decode|load ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from specjax.cli import add_model_arguments, decoding_mesh, load_models
+from specjax.errors import InputError, exit_on_input_error
+from specjax.metadata import run_metadata
+
+
+@exit_on_input_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m specjax.benchmark", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    decode = commands.add_parser("decode", help="acceptance and speed of a draft against autoregressive decoding")
+    add_model_arguments(decode, draft_required=True)
+    decode.add_argument("--data", required=True, nargs="+", help="JSONL prompts: prompt, messages or input_ids")
+    decode.add_argument("--limit", type=int, help="use the first N prompts only")
+    decode.add_argument("--max-new-tokens", type=int, default=128)
+    decode.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
+    decode.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
+    decode.add_argument("--runs", type=int, default=5, help="timed repetitions, AR and speculative interleaved")
+    decode.add_argument("--json", type=Path, help="also write the report here")
+    load = commands.add_parser("load", help="time and memory of loading a model folder, against reading its files")
+    load.add_argument("--target", help="model folder (default: random weights of a 1.5 GB shape)")
+    load.add_argument("--runs", type=int, default=3)
+    load.add_argument("--json", type=Path, help="also write the report here")
+    args = parser.parse_args(argv)
+    for name in ("runs", "limit", "batch_size"):
+        if getattr(args, name, None) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    report = _decode(args) if args.command == "decode" else _load(args)
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(report | {"metadata": run_metadata()}, indent=2) + "\n", encoding="utf-8")
+
+
+def _decode(args: argparse.Namespace) -> dict[str, Any]:
+    from specjax.data.prompts import read_prompts
+    from specjax.decoding.benchmark import Settings, benchmark_decoding, table
+
+    console = Console(stderr=True)
+    with decoding_mesh(args):
+        models = load_models(args)
+        assert models.draft is not None
+        data_sets = {
+            Path(pattern).stem: read_prompts(
+                [pattern], models.tokenizer, chat_template_kwargs=args.chat_template_kwargs, limit=args.limit
+            )
+            for pattern in args.data
+        }
+        settings = Settings(args.max_new_tokens, models.stop_token_ids, args.batch_size, args.draft_tokens, args.runs)
+        with console.status("decoding") as status:
+            report: dict[str, Any] = benchmark_decoding(models.target, models.draft, data_sets, settings, status.update)
+    print_table(str(args.draft), list(report), table(report))
+    return report
+
+
+def _load(args: argparse.Namespace) -> dict[str, Any]:
+    from specjax.weights.load_benchmark import measure_load, write_random_model
+
+    if args.target is not None:
+        report = measure_load(args.target, repeats=args.runs)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            report = measure_load(write_random_model(folder), repeats=args.runs)
+    extra = report["peak_extra_in_largest_tensors"]
+    print_table(
+        "loading",
+        ["value"],
+        [
+            ("files", f"{report['files_bytes'] / 1e9:.2f} GB, {report['dtype']}"),
+            ("reading the files", f"{report['read_seconds']:.2f} s (cold {report['read_cold_seconds']:.2f} s)"),
+            ("loading the model", f"{report['load_seconds']:.2f} s (cold {report['load_cold_seconds']:.2f} s)"),
+            ("ratio", f"{report['ratio']:.2f} (cold {report['ratio_cold']:.2f})"),
+            ("peak extra anonymous memory", "not known here" if extra is None else f"{extra:.2f} largest tensors"),
+        ],
+    )
+    return report
+
+
+def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
+    """Prints rows of a measure and its value in every column as a table on stdout."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("measure", overflow="fold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table, width=None if console.is_terminal else 120)
+
+
+if __name__ == "__main__":
+    main()

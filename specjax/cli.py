@@ -1,0 +1,115 @@
+"""What the decoding entry points share: their arguments, and the models these name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from specjax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from specjax.models.decoder import Decoder
+    from specjax.models.dflash import DFlashDraft
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target with what decoding it needs, and a draft."""
+
+    target: Decoder
+    draft: DFlashDraft | None
+    tokenizer: PreTrainedTokenizerBase | None
+    stop_token_ids: tuple[int, ...]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
+    """Adds --target, --draft, --dtype, --tensor and --chat-template-kwargs."""
+    parser.add_argument("--target", required=True, help="Hugging Face folder or hub id of the target, or 'embedded'")
+    parser.add_argument("--draft", required=draft_required, help="z-lab folder or hub id of a draft, or a training run")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the models")
+    parser.add_argument(
+        "--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help='e.g. {"enable_thinking": false}'
+    )
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+@contextlib.contextmanager
+def decoding_mesh(args: argparse.Namespace) -> Iterator[None]:
+    """The mesh and matmul precision of a decoding command."""
+    import jax
+
+    from specjax.models.sharding import make_mesh
+
+    if not 1 <= args.tensor <= jax.device_count():
+        raise InputError(f"--tensor is {args.tensor}; there are {jax.device_count()} devices")
+    # JAX's default multiplies fp32 in bf16 on TPU and in TF32 on recent GPUs.
+    precision = "highest" if _dtype(args) == "float32" else "default"
+    mesh = make_mesh(tensor=args.tensor)
+    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+        yield
+
+
+def _dtype(args: argparse.Namespace) -> str:
+    import jax
+
+    if args.dtype == "auto":
+        return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return str(args.dtype)
+
+
+def load_models(args: argparse.Namespace) -> Models:
+    """Loads target, draft and tokenizer; warns on stderr where the draft was trained for another target."""
+    from pathlib import Path
+
+    import jax.numpy as jnp
+
+    from specjax import weights
+    from specjax.models.decoder import check_mesh_fits
+    from specjax.models.dflash import DFlashDraft
+    from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
+    from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
+
+    dtype = jnp.dtype(_dtype(args))
+    target_config = weights.read_target_config(args.target)
+    try:
+        check_mesh_fits(target_config)
+    except ValueError as error:
+        raise InputError(f"--tensor {args.tensor}: {error}") from error
+    target = weights.load_target(args.target, dtype=dtype)
+    tokenizer = load_tokenizer(args.target)
+    draft = None
+    if args.draft is not None:
+        run = Path(args.draft)
+        if (run / RUN_DRAFT_CONFIG).exists():
+            loaded = weights.load_run_params(run, dtype=dtype)
+            if not isinstance(loaded, DFlashDraft):
+                raise InputError(f"{run}: holds no draft")
+            draft, folder = loaded, run
+        else:
+            draft, folder = weights.load_draft(args.draft, dtype=dtype), weights.model_folder(args.draft)
+        weights.check_draft_matches(draft.config, target_config)
+        template = tokenizer.chat_template if tokenizer is not None else None
+        served = weights.target_fingerprint(
+            target, chat_template=template, thinking=json.dumps(args.chat_template_kwargs, sort_keys=True)
+        )
+        warning = weights.fingerprint_warning(weights.read_fingerprint(folder), served)
+        if warning:
+            print(f"warning: {args.draft}: {warning}", file=sys.stderr)
+    return Models(target, draft, tokenizer, stop_token_ids(args.target))

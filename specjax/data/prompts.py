@@ -1,0 +1,82 @@
+"""Prompts for decoding: from records of conversations, token ids or plain text to token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from specjax.data.conversations import Conversation, Message, find_files, parse_record
+from specjax.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def read_prompts(
+    patterns: Iterable[str | PathLike[str]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    limit: int | None = None,
+) -> list[list[int]]:
+    """The prompts of JSONL files, at most `limit`, as token ids.
+
+    A record is a conversation (the prompt is what precedes its last assistant turn), pre-tokenised `input_ids` with
+    `loss_mask` (what precedes the first supervised token), or `{"prompt": text}` (one user turn).
+
+    Raises:
+        InputError: names file and line of what is not such a record; no prompts at all.
+    """
+    prompts: list[list[int]] = []
+    for path in find_files(patterns):
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if limit is not None and len(prompts) >= limit:
+                    return prompts
+                if line.strip():
+                    origin = f"file {path}, line {number}"
+                    prompts.append(_prompt(line, origin, tokenizer, chat_template_kwargs or {}))
+    if not prompts:
+        raise InputError(f"{', '.join(map(str, patterns))}: no prompts; give at least one record")
+    return prompts
+
+
+def chat_prompt(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase | None,
+    origin: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Messages rendered by the chat template up to where the assistant begins, as token ids."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(f"{origin}: is text, but the target has no tokenizer with a chat template; give input_ids")
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False, **dict(chat_template_kwargs or {})
+        )
+    except jinja2.TemplateError as error:
+        raise InputError(f"{origin}: the chat template refuses the conversation: {error}") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _prompt(
+    line: str, origin: str, tokenizer: PreTrainedTokenizerBase | None, chat_template_kwargs: Mapping[str, Any]
+) -> list[int]:
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{origin}: is not JSON ({error})") from error
+    if isinstance(fields, dict) and isinstance(fields.get("prompt"), str):
+        return chat_prompt([{"role": "user", "content": fields["prompt"]}], tokenizer, origin, chat_template_kwargs)
+    record = parse_record(fields, origin)
+    if isinstance(record, Conversation):
+        messages = list(record.messages)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        return chat_prompt(messages[:last], tokenizer, origin, chat_template_kwargs)
+    supervised = record.loss_mask.nonzero()[0]
+    length = int(supervised[0]) if len(supervised) else len(record.input_ids)
+    return record.input_ids[:length].tolist()
