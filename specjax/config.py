@@ -78,6 +78,7 @@ class DataConfig(Section):
     train: tuple[str, ...] = Field(min_length=1, description="JSONL files or globs of conversations or token ids")
     validation: tuple[str, ...] = Field((), description="JSONL files or globs, held out")
     max_length: int = Field(3072, ge=2, description="tokens a row; longer conversations are cut")
+    packing: bool = Field(False, description="fill rows with several conversations; they never see each other")
     num_anchors: int = Field(512, ge=1, description="training blocks a row of max_length tokens")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to the chat template, as the server will (e.g. enable_thinking)"

@@ -10,6 +10,7 @@ A conversation may also hold `tools`, handed to the chat template. Other keys ar
 import glob
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ ROLES = {
     "tool_response": "tool",
 }
 RECORD_KEYS = ("messages", "conversations", "input_ids")
+# The start of a pre-tokenised line, after which its tokens can be counted without decoding them.
+_TOKENS_FIRST = re.compile(rb'\s*\{\s*"input_ids"\s*:\s*\[')
 Message = dict[str, Any]
 
 
@@ -154,7 +157,8 @@ def _json_type(value: object) -> str:
 def find_files(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """The files that paths and glob patterns (`**` included) name, in the order given, each pattern's matches sorted.
 
-    Raises InputError for a pattern that matches no file.
+    A file named k times is listed k times, so that its samples weigh k times as much. Raises InputError for a pattern
+    that matches no file.
     """
     found: list[Path] = []
     for path in patterns:
@@ -172,6 +176,7 @@ class JsonlRecords:
     """Random access to the records of JSONL files: only byte offsets are held in memory.
 
     Blank lines are skipped. Picklable; safe to read from several threads, because each read opens its file.
+    `token_counts` int64 [records] are the tokens of the records whose line begins with `input_ids`, -1 for the others.
     Raises InputError for a pattern without a file, for files without a single record, and, on access, for a bad line.
     """
 
@@ -179,7 +184,8 @@ class JsonlRecords:
         self.paths = find_files(patterns)
         self.vocab_size = vocab_size
         lines = [_index_lines(path) for path in self.paths]
-        self._lines = np.concatenate(lines) if lines else np.zeros((0, 3), np.int64)
+        self._lines = np.concatenate(lines) if lines else np.zeros((0, 4), np.int64)
+        self.token_counts = self._lines[:, 3]
         self._first = np.cumsum([0] + [len(index) for index in lines])
         if not len(self):
             raise InputError(f"data set {', '.join(map(str, self.paths))}: no records; give at least one JSONL line")
@@ -192,7 +198,7 @@ class JsonlRecords:
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
         path = self.paths[int(np.searchsorted(self._first, index, side="right")) - 1]
-        number, start, stop = map(int, self._lines[index])
+        number, start, stop, _ = map(int, self._lines[index])
         origin = f"file {path}, line {number}"
         with open(path, "rb") as file:
             file.seek(start)
@@ -205,12 +211,21 @@ class JsonlRecords:
 
 
 def _index_lines(path: Path) -> np.ndarray:
-    """int64 [lines, 3] of a file's non-blank lines: one-based line number, first byte, byte after the last."""
+    """int64 [lines, 4] of a file's non-blank lines: one-based line number, first byte, byte after the last, tokens."""
     index = array("q")
     start = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                index.extend((number, start, start + len(line)))
+                index.extend((number, start, start + len(line), _count_tokens(line)))
             start += len(line)
-    return np.frombuffer(index.tobytes(), np.int64).reshape(-1, 3)
+    return np.frombuffer(index.tobytes(), np.int64).reshape(-1, 4)
+
+
+def _count_tokens(line: bytes) -> int:
+    """The length of `input_ids` where the line begins with it, else -1. Commas are counted far faster than parsed."""
+    opening = _TOKENS_FIRST.match(line)
+    if opening is None:
+        return -1
+    first, stop = opening.end(), line.find(b"]", opening.end())
+    return line.count(b",", first, stop) + 1 if line[first:stop].strip() else 0

@@ -1,17 +1,20 @@
 """Batches for training and evaluation, each a pure function of (seed, step).
 
-The examples of epoch 0, 1, 2, ... follow each other in one endless stream, shuffled anew each epoch; batch `step` is
-its positions [step * batch_size, (step + 1) * batch_size). Process p of P builds every P-th of them from p on. So a
-run resumes at any step, and on any number of processes, by asking for that step; no iterator state is saved.
+The rows of epoch 0, 1, 2, ... follow each other in one endless stream, shuffled anew each epoch; batch `step` is its
+positions [step * batch_size, (step + 1) * batch_size). Process p of P builds every P-th of them from p on. So a run
+resumes at any step, and on any number of processes, by asking for that step; no iterator state is saved.
 
+A row holds one sample, or several if packed: documents that never see each other, put together once, at the start.
 A batch maps names to arrays, b = batch_size / process_count rows, S = max_length, N = num_anchors:
-`input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1 on tokens, 0 on padding),
-`sample_id` and `epoch` int32 [b], and, unless num_anchors is None, `anchors` int32 [b, N], `anchor_valid` bool [b, N].
+`input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1, 2, ... on the tokens of a row's
+first, second, ... sample, 0 on padding) and, unless num_anchors is None, `anchors` int32 [b, N] and `anchor_valid`
+bool [b, N].
 """
 
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,17 +24,21 @@ import numpy as np
 from specjax.blockdiff.anchors import draw_anchors
 from specjax.data.chat_template import ChatTokenizer
 from specjax.data.conversations import Conversation, JsonlRecords, Record, check_token_ids
+from specjax.data.packing import RowPlan, one_sample_a_row, pack
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Batch = dict[str, np.ndarray]
-# Samples that are tokenised before training starts: a template that is refused, or data without any supervised token,
-# must not wait for its turn in the shuffle.
-CHECKED_SAMPLES = 256
+# Rows that are built before training starts: a template that is refused, or data without any supervised token, must
+# not wait for its turn in the shuffle.
+CHECKED_ROWS = 256
 # Whole batches built ahead, in threads: tokenisation releases the GIL, and a few batches hide a slow file.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+# Passes over the data, more than any run makes. Grain's own endless stream overflows when it is cut into batches of 1.
+ENDLESS_EPOCHS = 2**31
+LENGTHS_PER_TASK = 256  # samples a thread reads at a time to find their lengths
 
 
 class Records(Protocol):
@@ -62,6 +69,11 @@ class TokenizedExamples:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def token_counts(self) -> np.ndarray | None:
+        """Lengths int64 [examples] as far as they are known without reading the records, -1 elsewhere."""
+        return self.records.token_counts if isinstance(self.records, JsonlRecords) else None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         record = self.records[index]
@@ -97,8 +109,10 @@ class TrainingData:
     """Endless or `epochs` long stream of shuffled batches over `source`; see the module for what a batch holds.
 
     `batch_size` counts the rows of all processes. `num_anchors` None leaves anchors out (causal-LM training).
+    `packing` puts several samples into a row, for which the length of every sample is found first: at once for JSONL
+    lines that begin with `input_ids`, by tokenising for conversations.
     Raises InputError for an empty source, a batch that the processes cannot share, a negative seed, and if none of the
-    first 256 samples holds anything to train on; errors of those samples themselves also surface here.
+    first 256 rows holds anything to train on; errors of the samples in them also surface here.
     """
 
     def __init__(
@@ -110,17 +124,20 @@ class TrainingData:
         num_anchors: int | None,
         seed: int,
         epochs: float | None,
+        packing: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        rows = _rows(source, max_length=max_length, num_anchors=num_anchors, seed=seed)
+        _check_arguments(source, max_length=max_length, seed=seed)
         local_size = _local_size(batch_size, process_index, process_count)
         if epochs is not None and epochs <= 0:
             raise InputError(f"epochs is {epochs}; give a positive number, or none for an endless stream")
-        _check_supervision(rows, min(len(source), CHECKED_SAMPLES))
-        self.steps_per_epoch = math.ceil(len(source) / batch_size)
+        plan = pack(_lengths(source), max_length, seed=seed) if packing else one_sample_a_row(len(source))
+        rows = _rows(source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed)
+        _check_supervision(rows, min(len(plan), CHECKED_ROWS))
+        self.steps_per_epoch = math.ceil(len(plan) / batch_size)
         # The stream has no seam between epochs, so the last step borrows its missing rows from the next epoch.
-        self.num_steps = None if epochs is None else math.ceil(epochs * len(source) / batch_size)
+        self.num_steps = None if epochs is None else math.ceil(epochs * len(plan) / batch_size)
         self._batches = rows.slice(slice(process_index, None, process_count)).batch(local_size)
 
     def batch(self, step: int) -> Batch:
@@ -145,15 +162,17 @@ def fixed_batches(
 ) -> list[Batch]:
     """`count` samples of `source` (all if it has fewer), for evaluation: the same rows and anchors at every call.
 
-    They are a shuffled choice with epoch 0. Rows that fill up the last batch are padding: no tokens, no supervision,
-    sample_id -1. Raises InputError as `TrainingData` does.
+    They are a shuffled choice, one sample a row, with the anchors of epoch 0. Rows that fill up the last batch are
+    padding: no tokens, no supervision. Raises InputError as `TrainingData` does.
     """
-    rows = _rows(source, max_length=max_length, num_anchors=num_anchors, seed=seed)
+    _check_arguments(source, max_length=max_length, seed=seed)
+    plan = one_sample_a_row(len(source))
+    rows = _rows(source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed)
     local_size = _local_size(batch_size, process_index, process_count)
     count = min(count, len(source))
     if count < 1:
         raise InputError(f"evaluation samples: {count}; give at least 1")
-    _check_supervision(rows, min(count, CHECKED_SAMPLES))
+    _check_supervision(rows, min(count, CHECKED_ROWS))
     empty = _empty_row(max_length, num_anchors)
     batches = []
     for first in range(0, count, batch_size):
@@ -163,35 +182,66 @@ def fixed_batches(
     return batches
 
 
-def _rows(source: Examples, *, max_length: int, num_anchors: int | None, seed: int) -> grain.MapDataset:
-    """The endless stream of rows in global order: row i is a pure function of (seed, i)."""
+def _check_arguments(source: Examples, *, max_length: int, seed: int) -> None:
     if not len(source):
         raise InputError("data set: no samples; give at least one")
     if seed < 0:
         raise InputError(f"seed is {seed}; give 0 or more")
     if max_length < 2:
         raise InputError(f"max_length is {max_length}; give at least 2 (a token is predicted from one before it)")
+
+
+def _lengths(source: Examples) -> np.ndarray:
+    """Tokens of every sample, int64 [samples]; those that no index knows are read, in threads."""
+    known = source.token_counts if isinstance(source, TokenizedExamples) else None
+    lengths = np.full(len(source), -1) if known is None else known.copy()
+    unknown = np.flatnonzero(lengths < 0)
+
+    def read(indices: np.ndarray) -> list[int]:
+        return [len(source[int(i)][0]) for i in indices]
+
+    tasks = np.split(unknown, range(LENGTHS_PER_TASK, len(unknown), LENGTHS_PER_TASK))
+    with ThreadPoolExecutor() as pool:
+        lengths[unknown] = [length for part in pool.map(read, tasks) for length in part]
+    return lengths
+
+
+def _rows(source: Examples, plan: RowPlan, *, max_length: int, num_anchors: int | None, seed: int) -> grain.MapDataset:
+    """The endless stream of rows in global order: row i is a pure function of (seed, i)."""
     # The shuffle keys on (seed, epoch) and so reorders each epoch of the repeated stream.
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    build = functools.partial(_build_row, source, max_length, num_anchors, seed)
+    order = grain.MapDataset.range(len(plan)).seed(seed).shuffle().repeat(ENDLESS_EPOCHS)
+    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed)
     return order.map_with_index(build)
 
 
 def _build_row(
-    source: Examples, max_length: int, num_anchors: int | None, seed: int, position: int, sample_id: int
+    source: Examples, plan: RowPlan, max_length: int, num_anchors: int | None, seed: int, position: int, row_id: int
 ) -> Batch:
-    """The row at `position` of the stream, which holds sample `sample_id`: truncated, padded, anchors drawn."""
-    input_ids, loss_mask = source[sample_id]
-    length = min(len(input_ids), max_length)
+    """The row at `position` of the stream, the plan's `row_id`: samples truncated, padding, anchors drawn."""
     row = _empty_row(max_length, num_anchors)
-    row["input_ids"][:length] = input_ids[:length]
-    row["loss_mask"][:length] = loss_mask[:length]
-    row["document_ids"][:length] = 1
-    epoch = position // len(source)
-    row["sample_id"], row["epoch"] = np.asarray(sample_id, np.int32), np.asarray(epoch, np.int32)
+    sample_ids = plan[row_id].tolist()
+    start = 0
+    for document, sample_id in enumerate(sample_ids, start=1):
+        input_ids, loss_mask = source[sample_id]
+        length = min(len(input_ids), max_length)
+        if length > max_length - start:
+            raise InputError(
+                f"sample {sample_id}: its {len(input_ids)} tokens no longer fit the row planned for them; "
+                "leave the data set as it is while training runs"
+            )
+        stop = start + length
+        row["input_ids"][start:stop] = input_ids[:length]
+        row["loss_mask"][start:stop] = loss_mask[:length]
+        row["document_ids"][start:stop] = document
+        start = stop
     if num_anchors is not None:
         row["anchors"], row["anchor_valid"] = draw_anchors(
-            row["loss_mask"], row["document_ids"], num_anchors, seed=seed, epoch=epoch, sample_ids=[sample_id]
+            row["loss_mask"],
+            row["document_ids"],
+            num_anchors,
+            seed=seed,
+            epoch=position // len(plan),
+            sample_ids=sample_ids,
         )
     return row
 
@@ -201,8 +251,6 @@ def _empty_row(max_length: int, num_anchors: int | None) -> Batch:
         "input_ids": np.zeros(max_length, np.int32),
         "loss_mask": np.zeros(max_length, bool),
         "document_ids": np.zeros(max_length, np.int32),
-        "sample_id": np.asarray(-1, np.int32),
-        "epoch": np.asarray(0, np.int32),
     }
     if num_anchors is not None:
         row |= {"anchors": np.zeros(num_anchors, np.int32), "anchor_valid": np.zeros(num_anchors, bool)}
@@ -222,10 +270,11 @@ def _check_supervision(rows: grain.MapDataset, count: int) -> None:
     supervised = 0
     for i in range(count):
         row = rows[i]
-        # The first token of a row has no prediction; a block needs an anchor.
-        supervised += bool(row["anchor_valid"].any() if "anchor_valid" in row else row["loss_mask"][1:].any())
+        # The first token of a document has no prediction; a block needs an anchor.
+        predicted = row["loss_mask"][1:] & (row["document_ids"][1:] == row["document_ids"][:-1])
+        supervised += bool(row.get("anchor_valid", predicted).any())
     if not supervised:
         raise InputError(
-            f"data set: none of the first {count} samples has supervised tokens within max_length; check that there "
+            f"data set: none of the first {count} rows has supervised tokens within max_length; check that there "
             "are assistant messages (or that loss_mask is set), the chat template, and max_length"
         )

@@ -236,6 +236,7 @@ def _data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, lis
         num_anchors=num_anchors,
         seed=config.seed,
         epochs=None if config.training.steps else config.training.epochs,
+        packing=config.data.packing,
         **processes,
     )
     if not config.data.validation:

@@ -97,6 +97,7 @@ def test_find_files_keeps_the_order_given_and_reads_a_literal_name_first(tmp_pat
     names = [tmp_path / "sub", tmp_path / "[a].jsonl", tmp_path / "?.jsonl"]
     assert [p.name for p in find_files(names[1:])] == ["[a].jsonl", "a.jsonl", "b.jsonl"]
     assert [p.name for p in find_files([f"{tmp_path}/**/c.jsonl"])] == ["c.jsonl"]
+    assert [p.name for p in find_files([names[1], names[1]])] == ["[a].jsonl", "[a].jsonl"]
     with pytest.raises(InputError, match=r"sub: no such file"):
         find_files(names[:1])
     with pytest.raises(InputError, match=r"none\*\.jsonl: no such file"):

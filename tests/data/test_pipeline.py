@@ -33,15 +33,20 @@ def assert_same_stream(found, expected):
         assert_same(a, b)
 
 
+def sample_ids(batch):
+    """The sample of each row of a batch from `make_source`, told by its first token."""
+    return (batch["input_ids"][:, 0] // 100).tolist()
+
+
 def stream_ids(data, count):
     """The sample ids of the first `count` rows."""
-    ids = np.concatenate([data.batch(step)["sample_id"] for step in range(-(-count // 4))])
-    return ids[:count].tolist()
+    ids = [i for step in range(-(-count // 4)) for i in sample_ids(data.batch(step))]
+    return ids[:count]
 
 
 def test_a_row_is_the_truncated_padded_sample_with_its_anchors():
     source = make_source(11)
-    for batch in TrainingData(source, **OPTIONS).batches(0):
+    for step, batch in enumerate(TrainingData(source, **OPTIONS).batches(0)):
         for name, dtype in {
             "input_ids": "int32",
             "loss_mask": "bool",
@@ -50,10 +55,8 @@ def test_a_row_is_the_truncated_padded_sample_with_its_anchors():
         }.items():
             assert batch[name].dtype == dtype
             assert batch[name].shape == (4, 3 if name == "anchors" else 12)
-        assert batch["sample_id"].dtype == batch["epoch"].dtype == np.int32
         assert batch["anchor_valid"].dtype == bool
-        for row in range(4):
-            sample, epoch = batch["sample_id"][row], batch["epoch"][row]
+        for row, sample in enumerate(sample_ids(batch)):
             ids, mask = source[sample]
             length = min(len(ids), 12)
             padding = 12 - length
@@ -65,8 +68,8 @@ def test_a_row_is_the_truncated_padded_sample_with_its_anchors():
                 batch["document_ids"][row],
                 3,
                 seed=7,
-                epoch=int(epoch),
-                sample_ids=[int(sample)],
+                epoch=(4 * step + row) // 11,
+                sample_ids=[sample],
             )
             np.testing.assert_array_equal(batch["anchors"][row], anchors)
             np.testing.assert_array_equal(batch["anchor_valid"][row], valid)
@@ -75,7 +78,7 @@ def test_a_row_is_the_truncated_padded_sample_with_its_anchors():
 
 def test_without_anchors_a_batch_has_none():
     batch = TrainingData(make_source(4), **OPTIONS | {"num_anchors": None}).batch(0)
-    assert sorted(batch) == ["document_ids", "epoch", "input_ids", "loss_mask", "sample_id"]
+    assert sorted(batch) == ["document_ids", "input_ids", "loss_mask"]
 
 
 def test_each_epoch_is_a_new_order_of_all_samples_without_a_seam():
@@ -84,15 +87,14 @@ def test_each_epoch_is_a_new_order_of_all_samples_without_a_seam():
     assert sorted(ids[:10]) == sorted(ids[10:]) == list(range(10))
     assert ids[:10] != ids[10:]
     assert ids[:10] != list(range(10))
-    assert data.batch(2)["epoch"].tolist() == [0, 0, 1, 1]
     other = TrainingData(make_source(10), **OPTIONS | {"seed": 8})
     assert stream_ids(other, 10) != ids[:10]
 
 
 def test_anchors_are_redrawn_each_epoch():
     source = [(np.arange(12), np.ones(12, bool))]
-    data = TrainingData(source, **OPTIONS | {"batch_size": 1})
-    drawn = {tuple(data.batch(epoch)["anchors"][0]) for epoch in range(8)}
+    stream = TrainingData(source, **OPTIONS | {"batch_size": 1, "epochs": 8}).batches(0)
+    drawn = {tuple(batch["anchors"][0]) for batch in stream}
     assert len(drawn) > 1
 
 
@@ -146,11 +148,10 @@ def test_samples_without_supervision_weigh_nothing():
     source[1] = (np.arange(30), np.arange(30) >= 12)  # truncated to its prompt
     source[2] = (np.arange(6), np.arange(6) == 3)  # a single token holds no block
     source[3] = (np.arange(0), np.zeros(0, bool))
-    rows = list(TrainingData(source, **OPTIONS | {"epochs": 1}).batches(0))
-    valid = {
-        int(i): bool(v.any()) for batch in rows for i, v in zip(batch["sample_id"], batch["anchor_valid"], strict=True)
-    }
-    assert valid == {i: i >= 4 for i in range(8)}
+    batches = list(TrainingData(source, **OPTIONS | {"epochs": 1}).batches(0))
+    valid = [(i, v.any()) for batch in batches for i, v in zip(sample_ids(batch), batch["anchor_valid"], strict=True)]
+    # Samples 0 to 3 start with token 0.
+    assert sorted(valid) == [(0, False)] * 4 + [(i, True) for i in range(4, 8)]
 
 
 @pytest.mark.parametrize("num_anchors", [3, None])
@@ -161,9 +162,9 @@ def test_samples_without_supervision_weigh_nothing():
 )
 def test_data_without_any_supervision_is_refused(sample, num_anchors):
     options = OPTIONS | {"num_anchors": num_anchors}
-    with pytest.raises(InputError, match="none of the first 5 samples has supervised tokens"):
+    with pytest.raises(InputError, match="none of the first 5 rows has supervised tokens"):
         TrainingData([sample] * 5, **options)
-    with pytest.raises(InputError, match="none of the first 5 samples has supervised tokens"):
+    with pytest.raises(InputError, match="none of the first 5 rows has supervised tokens"):
         fixed_batches([sample] * 5, 9, batch_size=4, max_length=12, num_anchors=num_anchors)
     assert TrainingData([sample] * 4 + make_source(1), **options).batch(0)
 
@@ -189,14 +190,12 @@ def test_fixed_batches_are_the_same_rows_each_time_and_pad_the_last():
     options = {"batch_size": 4, "max_length": 12, "num_anchors": 3}
     batches = fixed_batches(make_source(10), 6, **options)
     assert_same_stream(fixed_batches(make_source(10), 6, **options), batches)
-    ids = np.concatenate([batch["sample_id"] for batch in batches]).tolist()
+    ids = sample_ids(batches[0]) + sample_ids(batches[1])
     assert len(set(ids[:6])) == 6
-    assert ids[6:] == [-1, -1]
     assert sorted(ids[:6]) != list(range(6))  # a choice from the whole source
     assert not batches[1]["document_ids"][2:].any()
     assert not batches[1]["anchor_valid"][2:].any()
     assert batches[1]["anchor_valid"][:2].any(axis=1).all()
-    assert not batches[0]["epoch"].any()
     assert [len(fixed_batches(make_source(3), count, **options)) for count in (1, 3, 50)] == [1, 1, 1]
     parts = [fixed_batches(make_source(10), 6, **options, process_index=p, process_count=2) for p in range(2)]
     for step, batch in enumerate(batches):
@@ -222,7 +221,7 @@ def test_jsonl_of_conversations_and_token_ids_becomes_batches(tmp_path, make_tok
     examples = read_examples([path], tokenizer)
     data = TrainingData(examples, **OPTIONS | {"batch_size": 2, "max_length": 64})
     batch = data.batch(0)
-    row = batch["sample_id"].tolist().index(0)
+    row = int(batch["document_ids"].sum(axis=1).argmax())
     supervised = batch["input_ids"][row][batch["loss_mask"][row]]
     assert tokenizer.decode(supervised) == "yo<|im_end|>"
     np.testing.assert_array_equal(batch["input_ids"][1 - row][:5], np.arange(5))
@@ -262,7 +261,7 @@ def test_ids_beyond_the_vocabulary_are_refused_for_both_kinds_of_record(make_tok
 
 def test_a_bad_line_met_while_training_raises_from_the_stream(tmp_path):
     source = make_source(300)
-    late = TrainingData(source, **OPTIONS).batch(70)["sample_id"][0]  # beyond the samples checked at the start
+    late = sample_ids(TrainingData(source, **OPTIONS).batch(70))[0]  # beyond the rows checked at the start
     records = pretokenized(source)
     records[late]["loss_mask"].append(True)
     path = write_jsonl(tmp_path / "a.jsonl", records)
