@@ -6,10 +6,8 @@ Importing this module starts no JAX, so a mistake in a config is reported at onc
 
 from __future__ import annotations
 
-import difflib
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,11 +15,14 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from specjax.config_messages import problems, shown
 from specjax.errors import InputError
 
 DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}
 DEFAULT_NUM_TAPS = 5
 DEFAULT_EPOCHS = 6.0
+# Of each pair only the one in force is written.
+EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -66,7 +67,7 @@ class DraftConfig(Section):
         ids = self.target_layer_ids
         if (self.num_taps is None) == (ids is None):
             raise ValueError(
-                f"num_taps is {_shown(self.num_taps)} and target_layer_ids is {_shown(ids)}; "
+                f"num_taps is {shown(self.num_taps)} and target_layer_ids is {shown(ids)}; "
                 "give one of them and set the other to null"
             )
         if ids is not None and len(set(ids)) != len(ids):
@@ -142,7 +143,7 @@ class TrainingConfig(Section):
             )
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                f"epochs is {_shown(self.epochs)} and steps is {_shown(self.steps)}; "
+                f"epochs is {shown(self.epochs)} and steps is {shown(self.steps)}; "
                 "give one of them and set the other to null"
             )
         return self
@@ -228,7 +229,12 @@ def _default_unless(given: Any, name: str, default: Any, other: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 6e-4 as the number it is, not YAML 1.1's string, and refuses a key given twice."""
+    """Reads 6e-4 as the number it is, not YAML 1.1's string, a date as text, and refuses a key given twice."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -262,7 +268,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is not YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: holds {type(raw).__name__}, not a mapping of sections")
+        found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
+        raise InputError(f"{path}: {found}; give sections of settings, as the files in configs/ do")
     for override in overrides:
         _apply(raw, override)
     return parse_config(raw, f"{path} with {' '.join(overrides)}" if overrides else str(path))
@@ -273,12 +280,15 @@ def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(_tuples(raw))
     except pydantic.ValidationError as error:
-        raise InputError(f"{source}: " + "\n  ".join(_problems(error))) from None
+        raise InputError(f"{source}: " + "\n  ".join(problems(error, RunConfig))) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved config as YAML; loading it gives an equal config."""
     raw = config.model_dump(mode="json")
+    for section, name in EXCLUSIVE:
+        if raw[section][name] is None:
+            del raw[section][name]
     if config.kind == "causal_lm":
         raw = {key: value for key, value in raw.items() if key not in ("draft", "loss")}
         del raw["data"]["num_anchors"]
@@ -294,10 +304,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: the value is not YAML: {error}") from error
     *sections, name = key.split(".")
-    for section in sections:
-        raw = raw.setdefault(section, {})
-        if not isinstance(raw, dict):
-            raise InputError(f"override {override!r}: {section} is not a section")
+    for depth, section in enumerate(sections, 1):
+        inner = {} if raw.get(section) is None else raw[section]
+        if not isinstance(inner, dict):
+            setting = ".".join(sections[:depth])
+            raise InputError(
+                f"override {override!r}: {setting} is {shown(inner)}, not a section; write {setting}=value"
+            )
+        raw[section] = inner
+        raw = inner
     raw[name] = value
 
 
@@ -306,47 +321,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def _problems(error: pydantic.ValidationError) -> Iterable[str]:
-    for problem in error.errors():
-        location = tuple(str(part) for part in problem["loc"])
-        name = ".".join(location)
-        if problem["type"] == "extra_forbidden":
-            yield f"unknown key {name}{_neighbour(location)}"
-        elif problem["type"] == "missing":
-            yield f"{name} is missing; set it"
-        else:
-            message = problem["msg"].removeprefix("Value error, ").replace("Tuple", "list").replace("tuple", "list")
-            message = message[0].lower() + message[1:]
-            given = "" if isinstance(problem["input"], Mapping) else f" is {_shown(problem['input'])}"
-            yield f"{name}{given}: {message}" if name else message
-
-
-def _shown(value: Any) -> str:
-    """A value in YAML's words: null, true, lists."""
-    return json.dumps(value, default=str)
-
-
-def _neighbour(location: tuple[str, ...]) -> str:
-    """` (did you mean ...?)` for the key nearest to an unknown one, in its own section first."""
-    section = _section(location[:-1])
-    here = list(section.model_fields) if section else []
-    close = difflib.get_close_matches(location[-1], here, n=1)
-    if close:
-        return f"; did you mean {'.'.join((*location[:-1], close[0]))}?"
-    everywhere = {
-        name: f"{key}.{name}"
-        for key, field in RunConfig.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        for name in field.annotation.model_fields
-    }
-    close = difflib.get_close_matches(location[-1], everywhere, n=1)
-    return f"; did you mean {everywhere[close[0]]}?" if close else f"; known keys: {', '.join(here)}"
-
-
-def _section(location: tuple[str, ...]) -> type[Section] | None:
-    section: Any = RunConfig
-    for part in location:
-        section = section.model_fields[part].annotation
-    return section if isinstance(section, type) and issubclass(section, Section) else None

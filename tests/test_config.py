@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from specjax.config import RunConfig, dump_config, load_config, parse_config
+from specjax.config_messages import ALIASES, SECTION_ALIASES, setting_names
 from specjax.errors import InputError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -31,13 +31,6 @@ def refused(folder: Path, *overrides: str, text: str = MINIMAL) -> str:
     with pytest.raises(InputError) as info:
         load(folder, text, *overrides)
     return str(info.value)
-
-
-def fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, field in model.model_fields.items():
-        yield prefix + name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{prefix}{name}.")
 
 
 def test_defaults_are_the_dflash_recipe(tmp_path):
@@ -85,6 +78,15 @@ def test_overrides_add_sections_replace_values_and_parse_yaml(tmp_path):
     assert config.output_dir == "runs/a=b"
 
 
+def test_overrides_fill_an_empty_section(tmp_path):
+    assert load(tmp_path, MINIMAL + "mesh:\n", "mesh.fsdp=2").mesh.fsdp == 2
+
+
+def test_a_date_stays_text(tmp_path):
+    config = load(tmp_path, MINIMAL, "data.chat_template_kwargs.date_string=2024-07-26")
+    assert config.data.chat_template_kwargs == {"date_string": "2024-07-26"}
+
+
 def test_steps_take_the_place_of_the_default_epochs(tmp_path):
     assert load(tmp_path, MINIMAL, "training.steps=100").training.epochs is None
     config = load(tmp_path, MINIMAL + "training: {epochs: 2}", "training.epochs=null", "training.steps=100")
@@ -97,28 +99,51 @@ def test_layer_ids_take_the_place_of_the_default_taps(tmp_path):
 
 
 BAD_OVERRIDES = [
-    ("optimizer.learningrate=1e-3", "unknown key optimizer.learningrate; did you mean optimizer.learning_rate?"),
-    ("learning_rate=1e-3", "unknown key learning_rate; did you mean optimizer.learning_rate?"),
+    ("optimizer.learningrate=1e-3", "unknown key optimizer.learningrate; did you mean optimizer.learning_rate (at"),
+    ("learning_rate=1e-3", "unknown key learning_rate; did you mean optimizer.learning_rate (at its peak"),
+    (
+        "optimizer.lr=1e-3",
+        "unknown key optimizer.lr; did you mean optimizer.learning_rate (at its peak, after warm-up)?",
+    ),
+    ("lr=1e-3", "unknown key lr; did you mean optimizer.learning_rate (at"),
     ("optimiser.eps=1e-3", "unknown key optimiser; did you mean optimizer?"),
-    ("draft.batch_size=4", "unknown key draft.batch_size; did you mean draft.block_size?"),
+    ("train.lr=1e-3", "unknown key train; did you mean training?"),
+    ("optim=adamw", "unknown key optim; did you mean optimizer?"),
+    ("draft.batch_size=4", "unknown key draft.batch_size; did you mean training.batch_size (rows a step"),
+    ("training.bs=4", "unknown key training.bs; did you mean training.batch_size (rows a step"),
+    ("data.max_len=4", "unknown key data.max_len; did you mean data.max_length (tokens a row"),
+    ("training.max_steps=4", "unknown key training.max_steps; did you mean training.steps (optimizer updates"),
+    ("training.Gradient-Checkpointing=true", "did you mean training.remat (recompute"),
+    ("training.gama=4", "unknown key training.gama; did you mean loss.gamma (exp only"),
+    ("training.every_steps=4", "did you mean checkpoint.every_steps or evaluation.every_steps or logging.every_steps?"),
     ("mesh.zzz=4", "unknown key mesh.zzz; known keys: data, fsdp, tensor"),
-    ("training.batch_size='8'", 'training.batch_size is "8": input should be a valid integer'),
-    ("training.batch_size=8.5", "training.batch_size is 8.5: input should be a valid integer"),
-    ("training.remat=1", "training.remat is 1: input should be a valid boolean"),
-    ("optimizer.learning_rate=fast", 'optimizer.learning_rate is "fast": input should be a valid number'),
-    ("optimizer.learning_rate=.inf", "optimizer.learning_rate is Infinity: input should be a finite number"),
-    ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 is 1.0: input should be less than 1"),
-    ("optimizer.betas=[0.9]", "optimizer.betas.1 is missing"),
-    ("loss.weighting=linear", "loss.weighting is \"linear\": input should be 'exp', 'uniform' or 'dpace'"),
-    ("loss=null", "loss is null"),
-    ("data.train=[]", "data.train is []: list should have at least 1 item"),
-    ("data.train=train.jsonl", 'data.train is "train.jsonl": input should be a valid list'),
-    ("seed=-1", "seed is -1: input should be greater than or equal to 0"),
-    ("draft.block_size=1", "draft.block_size is 1: input should be greater than or equal to 2"),
-    ("draft.num_layers=0", "draft.num_layers is 0: input should be greater than or equal to 1"),
+    ("7=4", "unknown key 7; known keys: kind, output_dir,"),
+    ("training.batch_size='8'", 'training.batch_size is "8"; give a whole number, without quotes or unit'),
+    ("training.batch_size=8.5", "training.batch_size is 8.5; give a whole number"),
+    ("training.batch_size=null", "training.batch_size is null; give a whole number"),
+    ("training.batch_size={a: 1}", 'training.batch_size is {"a": 1}; give a whole number'),
+    ("training.remat=1", "training.remat is 1; give true or false"),
+    ("optimizer.learning_rate=fast", 'optimizer.learning_rate is "fast"; give a number'),
+    ("optimizer.learning_rate=.inf", "optimizer.learning_rate is Infinity; give a finite number"),
+    ("optimizer.learning_rate=0", "optimizer.learning_rate is 0; give more than 0"),
+    ("optimizer.betas=[0.9, 1.0]", "optimizer.betas.1 is 1.0; give less than 1"),
+    ("optimizer.betas=[0.9]", "optimizer.betas is [0.9]; give a list of 2"),
+    ("optimizer.betas=[0.9, 0.9, 0.9]", "optimizer.betas is [0.9, 0.9, 0.9]; give a list of at most 2"),
+    ("optimizer.min_lr_ratio=1.5", "optimizer.min_lr_ratio is 1.5; give at most 1"),
+    ("loss.weighting=linear", 'loss.weighting is "linear"; give exp, uniform or dpace'),
+    ("loss=null", "loss is null; give its settings, as {setting: value}"),
+    ("output_dir=3", "output_dir is 3; give text, in quotes where YAML reads something else"),
+    ("data.train=[]", "data.train is []; give a list of at least 1"),
+    ("data.train=train.jsonl", 'data.train is "train.jsonl"; give a list, such as ["train.jsonl"]'),
+    ("data.train=[3]", "data.train.0 is 3; give text"),
+    ("data.chat_template_kwargs=3", "data.chat_template_kwargs is 3; give a mapping, such as {name: value}"),
+    ("data.chat_template_kwargs={3: a}", "data.chat_template_kwargs has the key 3; put it in quotes"),
+    ("seed=-1", "seed is -1; give at least 0"),
+    ("draft.block_size=1", "draft.block_size is 1; give at least 2"),
+    ("draft.num_layers=0", "draft.num_layers is 0; give at least 1"),
     ("draft.num_taps=null", "num_taps is null and target_layer_ids is null; give one of them"),
-    ("draft.target_layer_ids=[]", "draft.target_layer_ids is []: list should have at least 1 item"),
-    ("draft.target_layer_ids=[1, -2]", "draft.target_layer_ids.1 is -2: input should be greater than or equal to 0"),
+    ("draft.target_layer_ids=[]", "draft.target_layer_ids is []; give a list of at least 1"),
+    ("draft.target_layer_ids=[1, -2]", "draft.target_layer_ids.1 is -2; give at least 0"),
     ("draft.target_layer_ids=[1, 4, 1]", "target_layer_ids [1, 4, 1] lists a layer twice"),
     ("draft.block_size=12", "loss.gamma has no default for draft.block_size 12 (known: 16: 7, 10: 5, 8: 4)"),
     ("target.init=random", "target.init random belongs to kind causal_lm"),
@@ -126,12 +151,12 @@ BAD_OVERRIDES = [
     ("training.accumulation_steps=3", "batch_size 8 is not a multiple of accumulation_steps 3"),
     ("training.epochs=null", "epochs is null and steps is null; give one of them"),
     ("mesh.data=0", "data is 0; give -1"),
-    ("mesh.fsdp=-1", "mesh.fsdp is -1: input should be greater than or equal to 1"),
+    ("mesh.fsdp=-1", "mesh.fsdp is -1; give at least 1"),
     ("loss.alpha=0.3", "alpha belongs to weighting 'dpace', not 'exp'"),
-    ("kind=lora", "kind is \"lora\": input should be 'dflash' or 'causal_lm'"),
+    ("kind=lora", 'kind is "lora"; give dflash or causal_lm'),
     ("steps", "override 'steps': write section.key=value"),
     ("=3", "override '=3': write section.key=value"),
-    ("seed.a=3", "override 'seed.a=3': seed is not a section"),
+    ("seed.a=3", "override 'seed.a=3': seed is 0, not a section; write seed=value"),
     ("seed=[1", "override 'seed=[1': the value is not YAML"),
 ]
 
@@ -170,7 +195,12 @@ def _message_of(folder: Path, *overrides: str) -> str:
 def test_every_mistake_is_reported_at_once_with_the_file(tmp_path):
     text = refused(tmp_path, text="output_dir: 3\nmesh: {fdsp: 2}\ndata: {}\n")
     assert text.startswith(f"{tmp_path / 'run.yaml'}: ")
-    for part in ("output_dir is 3", "did you mean mesh.fsdp?", "target is missing", "data.train is missing"):
+    for part in (
+        "output_dir is 3",
+        "did you mean mesh.fsdp (",
+        "target is missing; set target.path (Hugging Face folder",
+        "data.train is missing; set data.train (JSONL files",
+    ):
         assert part in text
 
 
@@ -182,8 +212,8 @@ def test_overrides_are_named_beside_the_file(tmp_path):
     ("text", "message"),
     [
         ("a: [1", "run.yaml: is not YAML"),
-        ("- a\n- b\n", "run.yaml: holds list, not a mapping"),
-        ("", "run.yaml: holds NoneType, not a mapping"),
+        ("- a\n- b\n", "run.yaml: holds a list; give sections of settings"),
+        ("", "run.yaml: is empty; give sections of settings"),
         (MINIMAL + "seed: 1\nseed: 2\n", "key 'seed' is given twice; drop one"),
         (MINIMAL + "mesh:\n  fsdp: 1\n  fsdp: 2\n", "key 'fsdp' is given twice; drop one"),
     ],
@@ -205,7 +235,7 @@ DUMPED = [
     ("training.steps=10",),
     ("draft.target_layer_ids=[1, 3]", "draft.block_size=10"),
     ("kind=causal_lm", "target.init=random", "optimizer.schedule=wsd", "optimizer.decay_ratio=0.1"),
-    ("data.chat_template_kwargs={tools: [a, b]}", "optimizer.eps=1e-12"),
+    ("data.chat_template_kwargs={tools: [a, b], date_string: 2024-07-26}", "optimizer.eps=1e-12"),
 ]
 
 
@@ -213,8 +243,23 @@ DUMPED = [
 def test_a_dumped_config_loads_equal(tmp_path, overrides):
     config = load(tmp_path, MINIMAL, *overrides)
     again = load(tmp_path, dump_config(config))
-    assert again.model_dump() == config.model_dump()
+    assert again == config
     assert dump_config(again) == dump_config(config)
+
+
+def test_a_dumped_config_states_the_settings_in_force(tmp_path):
+    given = dump_config(load(tmp_path, MINIMAL, "training.steps=10", "draft.target_layer_ids=[1, 3]"))
+    default = dump_config(load(tmp_path))
+    for name, in_given in (
+        ("steps: 10", True),
+        ("target_layer_ids", True),
+        ("epochs: 6.0", False),
+        ("num_taps: 5", False),
+    ):
+        assert (f"  {name}" in given) is in_given
+        assert (f"  {name}" in default) is not in_given
+    for word in ("epochs", "num_taps"):
+        assert word not in given
 
 
 def test_a_config_cannot_be_changed(tmp_path):
@@ -229,8 +274,18 @@ def test_parse_config_takes_a_mapping_and_names_its_source():
         parse_config({name: raw[name] for name in ("output_dir", "target")}, "here")
 
 
-def test_every_field_is_described():
-    assert not [name for name, field in fields(RunConfig) if "." in name and not field.description]
+def test_every_setting_is_described():
+    assert not [name for name, field in setting_names(RunConfig).items() if not field.description]
+
+
+def test_names_in_other_trainers_stand_for_one_setting_and_hide_none():
+    settings = setting_names(RunConfig)
+    names = [name for aliases in ALIASES.values() for name in aliases.split()]
+    assert set(ALIASES) <= set(settings)
+    assert len(names) == len(set(names))
+    assert not {setting.rpartition(".")[2] for setting in settings} & set(names)
+    assert set(SECTION_ALIASES) <= set(RunConfig.model_fields)
+    assert not set(" ".join(SECTION_ALIASES.values()).split()) & set(RunConfig.model_fields)
 
 
 def test_reading_a_config_starts_no_jax(tmp_path):
