@@ -28,11 +28,11 @@ class Drafter(Protocol):
     def init(self, rows: int, capacity: int) -> Any:
         """The state of `rows` rows of at most `capacity` tokens, before any token."""
 
-    def observe(self, state: Any, taps_btm: jax.Array, positions_bt: jax.Array, slots_bt: jax.Array) -> Any:
+    def observe(self, state: Any, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array) -> Any:
         """Takes in the target's taps of tokens at `positions_bt`; a slot outside the capacity is not stored.
 
-        Taps of rejected tokens come too; those of the next round replace them, and `draft` may not look past the
-        row's length.
+        The taps are None if `tap_ids` is empty. Taps of rejected tokens come too; those of the next round replace
+        them, and `draft` may not look past the row's length.
         """
 
     def draft(self, state: Any, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
@@ -60,7 +60,10 @@ class DFlashDrafter:
             config.num_hidden_layers, rows, config.num_key_value_heads, capacity, config.head_dim, self.model.dtype
         )
 
-    def observe(self, state: KVCache, taps_btm: jax.Array, positions_bt: jax.Array, slots_bt: jax.Array) -> KVCache:
+    def observe(
+        self, state: KVCache, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array
+    ) -> KVCache:
+        assert taps_btm is not None
         context_kv = self.model.context_kv(self.model.context(taps_btm), positions_bt)
         for layer, (keys, values) in enumerate(context_kv):
             state = state.write(layer, keys, values, slots_bt)

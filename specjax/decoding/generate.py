@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 
-PROMPT_BUCKET = 64  # prompts are padded to a power of two times this, or to the model's limit
+PROMPT_BUCKET = 64  # prompts are padded to a power of two times this
 NEW_TOKENS_BUCKET = 64
 STOPS_BUCKET = 4
 
@@ -50,17 +51,18 @@ def generate(
     most block size - 1 (the default). Prompts of one call run as one batch.
 
     Raises:
-        InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a draft of
-            another target, a temperature other than 0, or limits out of range.
+        InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
+            target, a draft of another target, a temperature other than 0, or limits out of range.
     """
     if temperature != 0.0 or seed != 0:
         raise InputError(
             f"temperature is {temperature} and seed {seed}; only greedy decoding is available: leave both 0"
         )
     drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
-    new_tokens, stops = _per_prompt(prompts, max_new_tokens, stop_token_ids)
-    _check(target, prompts, new_tokens, stops)
-    width = _check_drafter(target, drafter, draft_tokens)
+    width = _check_models(target, drafter, draft_tokens)
+    prompts = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
+    new_tokens, stops = _per_prompt(len(prompts), max_new_tokens, stop_token_ids)
+    _check_limits(target, prompts, new_tokens, stops)
     if not prompts:
         return Generation([], [], 0.0, 0.0)
     with mesh_scope():
@@ -139,27 +141,38 @@ def _bucket(size: int, smallest: int) -> int:
     return bucket
 
 
+def _integers(name: str, values: object) -> list[int]:
+    """A list, tuple or array of integers as Python's."""
+    try:
+        array = np.asarray(values)
+    except ValueError:  # lists of unequal lengths
+        array = np.empty((), object)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InputError(f"{name} is {reprlib.repr(values)}; give a list of integers")
+    ids: list[int] = array.tolist()
+    return ids
+
+
 def _per_prompt(
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int],
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]],
+    count: int, max_new_tokens: int | Sequence[int], stop_token_ids: Sequence[int] | Sequence[Sequence[int]]
 ) -> tuple[list[int], list[list[int]]]:
-    count = len(prompts)
-    new_tokens = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
-    nested = bool(stop_token_ids) and not isinstance(stop_token_ids[0], (int, np.integer))
-    stops = [list(ids) for ids in stop_token_ids] if nested else [list(stop_token_ids)] * count  # type: ignore[arg-type, call-overload]
+    shared = np.ndim(max_new_tokens) == 0
+    new_tokens = _integers("max_new_tokens", [max_new_tokens] * count if shared else max_new_tokens)
+    nested = len(stop_token_ids) > 0 and np.ndim(stop_token_ids[0]) > 0
+    per_prompt = stop_token_ids if nested else [stop_token_ids] * count
+    stops = [_integers("stop_token_ids", ids) for ids in per_prompt]
     for name, values in (("max_new_tokens", new_tokens), ("stop_token_ids", stops)):
         if len(values) != count:
             raise InputError(f"{name} has {len(values)} entries for {count} prompts; give one for all or one a prompt")
     return new_tokens, stops
 
 
-def _check(
+def _check_limits(
     target: Decoder, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], stops: Sequence[Sequence[int]]
 ) -> None:
     vocab_size, limit = target.config.vocab_size, target.config.max_position_embeddings
     for i, (prompt, new, stop) in enumerate(zip(prompts, new_tokens, stops, strict=True)):
-        if not len(prompt):
+        if not prompt:
             raise InputError(f"prompt {i} is empty; give at least one token")
         if new < 1:
             raise InputError(f"prompt {i}: max_new_tokens is {new}; give at least 1")
@@ -174,8 +187,12 @@ def _check(
             )
 
 
-def _check_drafter(target: Decoder, drafter: Drafter | None, draft_tokens: int | None) -> int:
+def _check_models(target: Decoder, drafter: Drafter | None, draft_tokens: int | None) -> int:
     """Drafts to verify a round."""
+    if not target.config.causal:
+        raise InputError(
+            "the target is bidirectional (causal=False) and cannot verify tokens; give an autoregressive one"
+        )
     if drafter is None:
         if draft_tokens is not None:
             raise InputError(f"draft_tokens is {draft_tokens}, but there is no draft; give one or leave it out")

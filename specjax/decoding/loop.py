@@ -87,7 +87,6 @@ def prefill(
     first = _choices(target, hidden)
     drafter_state = None
     if drafter is not None:
-        assert output.taps is not None
         drafter_state = drafter.observe(drafter.init(b, capacity), output.taps, positions, positions)
     state = DecodeState(
         tokens=jnp.pad(prompts_bt, ((0, 0), (0, capacity - bucket))),
@@ -116,6 +115,7 @@ def decode_round(
     slots = jnp.where(state.done[:, None], state.tokens.shape[1], positions)
     tap_ids = drafter.tap_ids if drafter is not None else ()
     output = target(block, positions, cache=state.cache, slots_bt=slots, tap_ids=tap_ids)
+    assert output.cache is not None
     choices = _choices(target, output.hidden)
     matches = jnp.cumprod((block[:, 1:] == choices[:, :-1]).astype(jnp.int32), axis=1)
     matched = matches.sum(axis=1).astype(jnp.int32)
