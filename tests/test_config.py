@@ -204,6 +204,10 @@ def test_every_mistake_is_reported_at_once_with_the_file(tmp_path):
         assert part in text
 
 
+def test_a_mistake_is_reported_once(tmp_path):
+    assert refused(tmp_path, "optimizer.betas=[]").count("optimizer.betas is []; give a list of 2") == 1
+
+
 def test_overrides_are_named_beside_the_file(tmp_path):
     assert refused(tmp_path, "mesh.fdsp=2").startswith(f"{tmp_path / 'run.yaml'} with mesh.fdsp=2: unknown key")
 
