@@ -26,10 +26,11 @@ PEAK_TFLOPS = {
     "NVIDIA B200": 2250.0,
 }
 
-FORMULA = (
+DFLASH_FORMULA = (
     "2*N_target*T + 4*pairs_target (forward only) + 6*N_layers*N*B + 6*(fc + context k/v)*S + 4*V*H*rows "
     "(frozen head) + 12*pairs_draft*heads*head_dim; recompute excluded"
 )
+CAUSAL_LM_FORMULA = "6*N*T + 12*pairs*heads*head_dim; recompute excluded"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def layer_parameters(block: BlockConfig) -> int:
 
 
 def dflash_step_flops(target: DecoderConfig, draft: DFlashConfig, shape: StepShape) -> float:
-    """FLOPs of one step by `FORMULA`; anchors are taken as uniform, so a block sees S / 2 context keys on average.
+    """FLOPs of one step by `DFLASH_FORMULA`; anchors count as uniform, so a block sees S / 2 context keys on average.
 
     The target runs up to its last tapped layer: what lies behind it is not computed for data labels.
     """
@@ -68,7 +69,7 @@ def dflash_step_flops(target: DecoderConfig, draft: DFlashConfig, shape: StepSha
 
 
 def causal_lm_step_flops(config: DecoderConfig, shape: StepShape) -> float:
-    """6 * N * T + 12 * attention pairs * heads * head_dim."""
+    """FLOPs of one step by `CAUSAL_LM_FORMULA`, N with the head and without the embedding."""
     matrices = config.num_hidden_layers * layer_parameters(config.block) + config.vocab_size * config.hidden_size
     tokens = shape.batch_size * shape.max_length
     pairs = shape.batch_size * shape.max_length**2 / 2 * config.num_hidden_layers

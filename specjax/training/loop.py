@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.sharding import BATCH
 from specjax.training.checkpoints import Checkpoints
@@ -93,38 +94,56 @@ class Loop(Generic[Model]):
     evaluate: Callable[[Model], tuple[Metrics, float]] | None = None
 
     def run(self, state: TrainState[Model], first_step: int, batches: Iterator[HostBatch]) -> TrainState[Model]:
-        """Trains from `first_step` to the plan's end or the first signal; the last state is saved in either case."""
+        """Trains from `first_step` to the plan's end or the first signal; the last state is saved in either case.
+
+        Raises:
+            InputError: loss or gradient of a step is not finite. Nothing is saved from that step on.
+        """
         clock = _Clock(self.plan)
         pending: dict[str, jax.Array] | None = None
-        done, saved_score = first_step, None
+        done = first_step
         with Interrupt().installed() as interrupt:
             for host_batch in batches:
                 batch = to_device(host_batch, self.plan.accumulation_steps)
                 state, metrics = self.step(state, self.frozen, batch)
                 jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
                 if pending is not None:
-                    clock.record(fetch(pending))
-                    self._log(done, clock)
-                pending, done, saved_score = metrics, done + 1, None
+                    self._settle(done, pending, clock)
+                pending, done = metrics, done + 1
                 self.writer.advance(done)
-                if self.evaluate is not None and (
-                    done % self.plan.evaluate_every == 0 or done == self.plan.total_steps
-                ):
-                    saved_score = self._evaluate(state, done)
+                evaluates = self._evaluates(done)
+                stops = self._stop(interrupt, done)
+                if evaluates or stops or done % self.plan.checkpoint_every == 0:
+                    # What is measured and saved must be known to be finite, so this step's metrics come at once.
+                    self._settle(done, pending, clock, force=stops)
+                    pending = None
+                    score = self._evaluate(state, done) if evaluates else None
+                    self.checkpoints.save(state, done, score)
                     clock.restart()
-                if done % self.plan.checkpoint_every == 0 or saved_score is not None:
-                    self.checkpoints.save(state, done, saved_score)
-                if self._stop(interrupt, done):
+                if stops:
                     break
-        if pending is not None:
-            clock.record(fetch(pending))
-            self._log(done, clock, force=True)
-        if done > first_step:
-            self.checkpoints.save(state, done, saved_score)
         self.checkpoints.wait()
         if interrupt.signal_name is not None and done < self.plan.total_steps:
             self.writer.say(f"{interrupt.signal_name}: saved step {done}; continue with --resume")
         return state
+
+    def _evaluates(self, done: int) -> bool:
+        return self.evaluate is not None and (done % self.plan.evaluate_every == 0 or done == self.plan.total_steps)
+
+    def _settle(self, step: int, metrics: dict[str, jax.Array], clock: _Clock, force: bool = False) -> None:
+        """Waits for the metrics of `step`, checks them, and logs them where the plan (or `force`) says so."""
+        fetched = fetch(metrics)
+        clock.record(fetched)
+        wrong = {name: float(fetched[name]) for name in ("loss_sum", "grad_norm") if not np.isfinite(fetched[name])}
+        if wrong:
+            saved = self.checkpoints.latest_step
+            raise InputError(
+                f"step {step}: {' and '.join(f'{name} is {value}' for name, value in wrong.items())}; the last "
+                f"checkpoint is {'of step ' + str(saved) if saved else 'missing'}. Lower optimizer.learning_rate, or "
+                "look for broken weights or data, and train into another output_dir"
+            )
+        if step % self.plan.log_every == 0 or force:
+            self.writer.write("train", step, clock.summary(), SHOWN)
 
     def _stop(self, interrupt: Interrupt, done: int) -> bool:
         # One process sees its own signal at once; several agree at log steps, where they pay for a collective.
@@ -136,10 +155,6 @@ class Loop(Generic[Model]):
         metrics, score = self.evaluate(state.model)
         self.writer.write("eval", done, metrics, EVALUATION_SHOWN)
         return score
-
-    def _log(self, done: int, clock: _Clock, force: bool = False) -> None:
-        if done % self.plan.log_every == 0 or force:
-            self.writer.write("train", done, clock.summary(), SHOWN)
 
 
 class _Clock:
@@ -179,6 +194,29 @@ class _Clock:
                 metrics["mfu"] = self.plan.flops_per_step / step_time / self.plan.peak_flops
         self.sums, self.steps, self.seconds, self.timed_steps = {}, 0, 0.0, 0
         return metrics
+
+
+def data_share() -> tuple[int, int]:
+    """(index, count): which of `count` shares of every batch this process reads.
+
+    Processes that a tensor axis spans hold the same rows and so read the same share.
+
+    Raises:
+        InputError: processes hold overlapping but different rows.
+    """
+    mesh = jax.sharding.get_mesh()
+    groups = mesh.shape["data"] * mesh.shape["fsdp"]
+    held: dict[int, set[int]] = {}
+    placed: Mapping[Any, Any] = NamedSharding(mesh, P(BATCH)).devices_indices_map((groups,))
+    for device, (rows,) in placed.items():
+        held.setdefault(device.process_index, set()).update(range(*rows.indices(groups)))
+    shares = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if sum(map(len, shares)) != groups:
+        raise InputError(
+            f"mesh {dict(mesh.shape)}: its tensor groups cut across processes; choose a tensor axis that "
+            f"divides, or is a multiple of, the {jax.local_device_count()} devices of a process"
+        )
+    return shares.index(tuple(sorted(held[jax.process_index()]))), len(shares)
 
 
 def to_device(batch: HostBatch, accumulation_steps: int) -> Batch:

@@ -29,7 +29,7 @@ def readable(sums: Mapping[str, np.ndarray]) -> Metrics:
         return metrics
     accuracies = accuracy_by_position(sums["correct"], sums["supervised"])
     metrics |= {f"acc@{k}": float(accuracies[k]) for k in range(1, len(accuracies))}
-    metrics["acceptance_length_tf"] = teacher_forced_acceptance_length(sums["prefix"], sums["blocks"])
+    metrics["acceptance_length_tf"] = teacher_forced_acceptance_length(float(sums["prefix"]), float(sums["blocks"]))
     metrics["supervised_tokens"] = float(np.sum(sums["supervised"]))
     return metrics
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from specjax.config import RunConfig, dump_config, load_config
 from specjax.data.pipeline import TrainingData, fixed_batches, read_examples
@@ -23,7 +25,7 @@ from specjax.models.sharding import make_mesh
 from specjax.training import flops
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.evaluation import causal_lm_evaluator, draft_evaluator
-from specjax.training.loop import Loop, Plan
+from specjax.training.loop import Loop, Plan, data_share
 from specjax.training.metrics import Metrics, MetricsWriter
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -33,10 +35,10 @@ from specjax.weights import (
     decoder_config_to_hf,
     draft_config_to_hf,
     load_target,
-    model_folder,
     read_target_config,
     target_fingerprint,
 )
+from specjax.weights.config_fields import read_json
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
 from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
 
@@ -55,6 +57,7 @@ class Task:
     frozen: Any
     evaluator: Callable[[list[Any]], Callable[[Any], tuple[Metrics, float]]]
     flops_per_step: float
+    flops_formula: str
     num_anchors: int | None
     files: dict[str, Any]
 
@@ -68,15 +71,13 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         InputError: anything wrong with config, target, data or an existing `output_dir`.
     """
     run = Path(config.output_dir)
-    if jax.process_index() == 0:
-        _check_output(run, config, resume)
+    _on_first_process(lambda: _check_output(run, config, resume))
     with _mesh(config), _precision(config):
-        task = _draft_task(config) if config.kind == "dflash" else _causal_lm_task(config)
-        data, validation = _data(config, task.num_anchors)
+        task = draft_task(config) if config.kind == "dflash" else causal_lm_task(config)
+        data, validation = read_data(config, task.num_anchors)
         total = config.training.steps or data.num_steps
         assert total is not None
-        if jax.process_index() == 0:
-            _write_files(run, config, task)
+        _on_first_process(lambda: _write_files(run, config, task))
         _fit(config, run, task, data, validation, total)
     return run
 
@@ -99,8 +100,11 @@ def _fit(config: RunConfig, run: Path, task: Task, data: TrainingData, validatio
         )
         with contextlib.closing(writer):
             writer.say(f"{run}: {config.kind}, steps {first} to {total}, {_size(state.model):,} trained parameters")
+            plan = _plan(config, task, total)
+            if plan.peak_flops is not None:
+                writer.say(f"mfu: {plan.flops_per_step:.3e} FLOPs a step = {task.flops_formula}")
             loop = Loop(
-                plan=_plan(config, task, total),
+                plan=plan,
                 step=make_train_step(task.loss, optimizer, schedule),
                 frozen=task.frozen,
                 checkpoints=checkpoints,
@@ -124,7 +128,8 @@ def _plan(config: RunConfig, task: Task, total: int) -> Plan:
     )
 
 
-def _draft_task(config: RunConfig) -> Task:
+def draft_task(config: RunConfig) -> Task:
+    """A fresh draft on the mesh in force, with the frozen target that teaches it."""
     dtype = compute_dtype(config)
     draft_config = draft_config_of(config)
     _check_mesh(read_target_config(config.target.path))
@@ -150,6 +155,7 @@ def _draft_task(config: RunConfig) -> Task:
         frozen=target,
         evaluator=lambda batches: draft_evaluator(loss, target, batches),
         flops_per_step=flops.dflash_step_flops(target.config, draft_config, _shape(config)),
+        flops_formula=flops.DFLASH_FORMULA,
         num_anchors=config.data.num_anchors,
         files={RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config), "specjax.json": fingerprint.to_json()},
     )
@@ -178,7 +184,8 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
         raise InputError(f"draft: {error}") from error
 
 
-def _causal_lm_task(config: RunConfig) -> Task:
+def causal_lm_task(config: RunConfig) -> Task:
+    """The target itself, random or with its weights, on the mesh in force."""
     dtype = compute_dtype(config)
     target_config = read_target_config(config.target.path)
     _check_mesh(target_config)
@@ -193,6 +200,7 @@ def _causal_lm_task(config: RunConfig) -> Task:
         frozen=None,
         evaluator=lambda batches: causal_lm_evaluator(loss, batches),
         flops_per_step=flops.causal_lm_step_flops(target_config, _shape(config)),
+        flops_formula=flops.CAUSAL_LM_FORMULA,
         num_anchors=None,
         files={RUN_TARGET_CONFIG: decoder_config_to_hf(target_config)},
     )
@@ -209,7 +217,8 @@ def _shape(config: RunConfig) -> flops.StepShape:
     return flops.StepShape(config.training.batch_size, config.data.max_length, config.data.num_anchors)
 
 
-def _data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, list[Any]]:
+def read_data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, list[Any]]:
+    """This process's share of the training batches, and of the evaluation batches (none without data.validation)."""
     target = read_target_config(config.target.path)
     batch_axes = jax.sharding.get_mesh().shape
     rows = batch_axes["data"] * batch_axes["fsdp"] * config.training.accumulation_steps
@@ -228,7 +237,7 @@ def _data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, lis
             vocab_size=target.vocab_size,
         )
 
-    processes = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    share, shares = data_share()
     data = TrainingData(
         examples(config.data.train),
         batch_size=config.training.batch_size,
@@ -237,7 +246,8 @@ def _data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, lis
         seed=config.seed,
         epochs=None if config.training.steps else config.training.epochs,
         packing=config.data.packing,
-        **processes,
+        process_index=share,
+        process_count=shares,
     )
     if not config.data.validation:
         return data, []
@@ -247,7 +257,8 @@ def _data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, lis
         batch_size=config.training.batch_size // config.training.accumulation_steps,
         max_length=config.data.max_length,
         num_anchors=num_anchors,
-        **processes,
+        process_index=share,
+        process_count=shares,
     )
     return data, validation
 
@@ -295,10 +306,33 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
 
 
 def _write_files(run: Path, config: RunConfig, task: Task) -> None:
+    for name, value in task.files.items():
+        path = run / name
+        if path.exists() and read_json(path) != json.loads(json.dumps(value)):
+            raise InputError(
+                f"{path}: the run to resume was made with another target or mask token than {config.target.path} has "
+                "now; restore it or choose another output_dir"
+            )
     run.mkdir(parents=True, exist_ok=True)
     (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     for name, value in (task.files | {METADATA_FILE: run_metadata()}).items():
         (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _on_first_process(action: Callable[[], None]) -> None:
+    """Runs `action` on process 0 alone; if it refuses the run, so do all processes, and none waits for another."""
+    refusal: InputError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except InputError as error:
+            refusal = error
+    if jax.process_count() > 1:
+        refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
+        if refused and refusal is None:
+            refusal = InputError("process 0 refused the run; its message says why")
+    if refusal is not None:
+        raise refusal
 
 
 def _size(model: nnx.Module) -> int:
