@@ -1,0 +1,140 @@
+"""Stopped and resumed runs against one that was never stopped: bit for bit on the same mesh."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specjax.training.metrics import MetricsWriter
+from specjax.weights import flat_params, load_run_params
+from tests.training.conftest import FinishedRun
+from tests.training.tiny import STEPS, edited, scalars, train, write_config
+
+TIMES = {"train/step_time_s", "train/tokens_per_s", "train/mfu"}
+
+
+def measured(run: Path) -> dict[str, dict[int, float]]:
+    """The scalars of a run but for those that a clock gives."""
+    return {tag: values for tag, values in scalars(run).items() if tag not in TIMES}
+
+
+def assert_same_run(run: Path, params: dict[str, np.ndarray]) -> None:
+    ours = flat_params(load_run_params(run))
+    assert list(ours) == list(params)
+    for name, value in params.items():
+        assert np.asarray(ours[name]).tobytes() == value.tobytes(), name
+
+
+@pytest.fixture
+def copied(finished_run: FinishedRun, raw: dict[str, Any]) -> Path:
+    """A copy of the finished run at its last checkpoint but one, where `raw` puts its run."""
+    run = Path(raw["output_dir"])
+    shutil.copytree(finished_run.folder, run)
+    shutil.rmtree(run / "tensorboard")
+    shutil.rmtree(run / "checkpoints" / str(STEPS))
+    return run
+
+
+def test_a_run_stopped_after_every_step_is_the_uninterrupted_run(
+    raw: dict[str, Any],
+    finished_run: FinishedRun,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    advance = MetricsWriter.advance
+
+    def stop_after_one_step(self: MetricsWriter, step: int) -> None:
+        advance(self, step)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(MetricsWriter, "advance", stop_after_one_step)
+    for step in range(1, STEPS + 1):
+        run = train(edited(raw, {"checkpoint.every_steps": 1000}), "--resume")
+        output = capsys.readouterr().out
+        assert f"steps {step - 1} to {STEPS}" in output
+        assert ("SIGTERM: saved" in output) == (step < STEPS)
+    assert measured(run) == measured(finished_run.folder)
+    assert_same_run(run, finished_run.params)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_gets_a_signal_can_be_resumed(number: signal.Signals, raw: dict[str, Any]) -> None:
+    """SIGKILL comes while checkpoints are being written: at least one a step."""
+    raw = edited(raw, {"training.steps": 40, "data.validation": []})
+    reference = edited(raw, {"output_dir": raw["output_dir"] + "-reference"})
+    stopped = edited(raw, {"checkpoint.every_steps": 1})
+    command = [sys.executable, "-m", "specjax.train", str(write_config(stopped))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("train step 5 "):
+                process.send_signal(number)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert ("SIGTERM: saved step" in rest) == (number == signal.SIGTERM)
+    assert "train step 40 " not in rest
+    uninterrupted, run = train(reference), train(raw, "--resume")
+    ours, expected = measured(run), measured(uninterrupted)
+    assert max(ours["train/loss"]) == 40
+    for tag, values in ours.items():
+        assert values == {step: expected[tag][step] for step in values}, tag  # a killed writer may lose its last events
+    params = {name: np.asarray(x) for name, x in flat_params(load_run_params(uninterrupted)).items()}
+    assert_same_run(run, params)
+
+
+def test_mesh_and_logging_may_change(copied: Path, raw: dict[str, Any], finished_run: FinishedRun) -> None:
+    changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "logging.every_steps": 2, "checkpoint.keep_last": 1}
+    train(edited(raw, changes), "--resume")
+    ours, expected = measured(copied), measured(finished_run.folder)
+    assert list(ours["train/loss"]) == [STEPS]
+    assert ours["eval/loss"][STEPS] == pytest.approx(expected["eval/loss"][STEPS], rel=1e-5)
+    params = flat_params(load_run_params(copied))
+    for name, value in finished_run.params.items():
+        np.testing.assert_allclose(np.asarray(params[name]), value, rtol=0, atol=1e-5 * np.abs(value).max())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("optimizer.learning_rate", 1e-3), ("training.steps", 8), ("data.max_length", 20), ("seed", 4)],
+)
+def test_what_shapes_the_updates_may_not_change(
+    setting: str, value: Any, raw: dict[str, Any], finished_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(edited(raw, {setting: value, "output_dir": str(finished_run.folder)}), "--resume")
+    assert f"differs in {setting.split('.')[0]};" in capsys.readouterr().err
+
+
+def test_a_run_is_not_overwritten(
+    raw: dict[str, Any], finished_run: FinishedRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        train(edited(raw, {"output_dir": str(finished_run.folder)}))
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["draft_config.json", "specjax.json"])
+def test_another_mask_token_or_target_is_refused(
+    name: str, copied: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config may say `null` or a hub id, and what that stands for may have changed since."""
+    recorded = json.loads((copied / name).read_text())
+    if name == "draft_config.json":
+        recorded["dflash_config"]["mask_token_id"] -= 1
+    else:
+        recorded["target_fingerprint"]["embedding"] = "0" * 64
+    (copied / name).write_text(json.dumps(recorded))
+    with pytest.raises(SystemExit, match="2"):
+        train(raw, "--resume")
+    assert f"{copied / name}: the run to resume was made with another" in capsys.readouterr().err
+    assert json.loads((copied / name).read_text()) == recorded
