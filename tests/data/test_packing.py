@@ -108,6 +108,12 @@ def test_the_seed_decides_which_samples_meet():
     assert len(rows[0] & rows[2]) < len(rows[0]) / 2
 
 
+def test_a_sample_that_is_cut_fills_its_row():
+    plan = pack(np.array([1, 9, 0, 8, 7]), 8, seed=0)
+    rows = sorted(sorted(set(plan[r].tolist()) - {2}) for r in range(len(plan)))  # the empty sample goes anywhere
+    assert rows == [[0, 4], [1], [3]]
+
+
 def test_one_sample_a_row():
     plan = one_sample_a_row(3)
     assert [plan[r].tolist() for r in range(len(plan))] == [[0], [1], [2]]
@@ -140,12 +146,14 @@ def test_rows_stay_together_and_are_shuffled_each_epoch():
     first, second = rows[: data.steps_per_epoch], rows[data.steps_per_epoch :]
     assert sorted(first) == sorted(second)
     assert first != second
+    other = TrainingData(make_source(), **OPTIONS | {"batch_size": 1, "epochs": 1, "seed": 8})
+    assert {tuple(sample for sample, *_ in documents(batch)) for batch in other.batches(0)} != set(first)
 
 
-def test_a_document_has_the_anchors_that_it_has_alone():
-    packed, apart = (
-        TrainingData(make_source(), **OPTIONS | {"batch_size": 1, "packing": packing}) for packing in (True, False)
-    )
+@pytest.mark.parametrize("num_anchors", [ROW, ROW // 2])  # all candidates, and a drawn half of a document's tokens
+def test_a_document_has_the_anchors_that_it_has_alone(num_anchors):
+    options = OPTIONS | {"batch_size": 1, "num_anchors": num_anchors}
+    packed, apart = (TrainingData(make_source(), **options | {"packing": packing}) for packing in (True, False))
     for epoch in range(2):
         drawn = [
             {
