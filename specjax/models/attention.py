@@ -131,31 +131,43 @@ def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def _attend(queries: jax.Array, segments: Sequence[KeySegment], scale: float) -> jax.Array:
-    """One softmax over the keys of all segments; scores live as [b, k, N, g, q, s]."""
+    """One softmax over the keys of all segments.
+
+    Scores live as [b, k, keys, N, r], r = g * q being a block's queries of one key/value head. Keys come first because
+    they are the left operand of the product as they lie in the cache; as the right one XLA transposes all of them
+    on CPU, every step.
+    """
     b, blocks, q, n, h = queries.shape
     kv = segments[0].keys.shape[-3]
     grouped = queries.reshape(b, blocks, q, kv, n // kv, h).transpose(0, 3, 1, 4, 2, 5)
-    scores = [_scores(grouped, segment) * scale for segment in segments]
-    scores = [jnp.where(_visible(segment), s, MASKED_SCORE) for s, segment in zip(scores, segments, strict=True)]
-    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores]))
+    grouped = grouped.reshape(b, kv, blocks, n // kv * q, h)
+    scores = [
+        jnp.where(_visible(segment, n // kv), _scores(grouped, segment) * scale, MASKED_SCORE) for segment in segments
+    ]
+    peak = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(2, keepdims=True) for s in scores]))
     weights = [jnp.exp(s - peak) for s in scores]
-    total = reduce(jnp.add, [w.sum(-1, keepdims=True) for w in weights])
-    out = reduce(jnp.add, [_combine(w, segment) for w, segment in zip(weights, segments, strict=True)]) / total
+    total = reduce(jnp.add, [w.sum(2) for w in weights])
+    out = reduce(jnp.add, [_combine(w, segment) for w, segment in zip(weights, segments, strict=True)])
+    out = (out / total[..., None]).reshape(b, kv, blocks, n // kv, q, h)
     return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, blocks, q, n, h).astype(queries.dtype)
 
 
 def _scores(grouped: jax.Array, segment: KeySegment) -> jax.Array:
-    equation = "bkNgqh,bNkjh->bkNgqj" if segment.own else "bkNgqh,bkjh->bkNgqj"
-    return jnp.einsum(equation, grouped, segment.keys.astype(grouped.dtype), preferred_element_type=jnp.float32)
+    """[b, k, keys, N, r], float32."""
+    keys = segment.keys.astype(grouped.dtype)
+    equation = "bNkjh,bkNrh->bkjNr" if segment.own else "bkjh,bkNrh->bkjNr"
+    return jnp.einsum(equation, keys, grouped, preferred_element_type=jnp.float32)
 
 
 def _combine(weights: jax.Array, segment: KeySegment) -> jax.Array:
-    equation = "bkNgqj,bNkjh->bkNgqh" if segment.own else "bkNgqj,bkjh->bkNgqh"
+    """[b, k, N, r, h], float32."""
     values = segment.values
+    equation = "bkjNr,bNkjh->bkNrh" if segment.own else "bkjNr,bkjh->bkNrh"
     return jnp.einsum(equation, weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
 
 
-def _visible(segment: KeySegment) -> jax.Array:
-    index = jnp.arange(segment.keys.shape[-2])
-    start, stop = (x[:, None, :, None, :, None] for x in (segment.start, segment.stop))
+def _visible(segment: KeySegment, groups: int) -> jax.Array:
+    """[b, 1, keys, N, r], the queries repeated for every group."""
+    index = jnp.arange(segment.keys.shape[-2])[:, None, None]
+    start, stop = (jnp.tile(x, (1, 1, groups))[:, None, None] for x in (segment.start, segment.stop))
     return (start <= index) & (index < stop)

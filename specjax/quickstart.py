@@ -1,0 +1,220 @@
+"""The whole way on the embedded target: answers, training, export, decoding: `python -m specjax.quickstart [CONFIG]`.
+
+The target answers training prompts, a draft is trained on the answers, exported to the folder that servers load,
+loaded again from there, and measured against autoregressive decoding on held-out prompts. A second call continues
+where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specjax.benchmark import print_table
+from specjax.config import RunConfig, load_config
+from specjax.errors import InputError, exit_on_input_error
+from specjax.metadata import run_metadata
+
+if TYPE_CHECKING:
+    from specjax.decoding.benchmark import Report
+    from specjax.models.decoder import Decoder
+
+DEFAULT_CONFIG = "configs/quickstart.yaml"
+MAX_PROMPT_TOKENS = 192
+ANSWER_BATCH = 64
+VALIDATION_PROMPTS = 32
+WORD_PROBLEM_SEEDS = {"train": 0, "heldout": 1}
+SUMMARY_FIELDS = (
+    "acceptance_length",
+    "acceptance_rate",
+    "speedup_decode",
+    "speedup_end_to_end",
+    "ar_tokens_per_s",
+    "speculative_tokens_per_s",
+    "identical",
+    "repeated_4gram_fraction",
+    "prompts",
+    "tokens",
+)
+
+Prompts = dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """train_prompts: over both domains. heldout_prompts: of each domain. runs: timed repetitions."""
+
+    train_prompts: int
+    heldout_prompts: int
+    max_new_tokens: int
+    runs: int
+
+
+@exit_on_input_error
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m specjax.quickstart", description=__doc__)
+    parser.add_argument("config", nargs="?", default=DEFAULT_CONFIG)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--train-prompts", type=int, default=1200)
+    parser.add_argument("--heldout-prompts", type=int, default=20, help="of each domain")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--runs", type=int, default=3, help="timed repetitions")
+    args = parser.parse_intermixed_args(argv)
+    sizes = Sizes(args.train_prompts, args.heldout_prompts, args.max_new_tokens, args.runs)
+    for name, value in vars(sizes).items():
+        if value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+    started = time.perf_counter()
+    reports = run(load_config(args.config, args.overrides), sizes)
+    print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
+    if not reports["all"]["identical"]:
+        raise SystemExit("the outputs with and without the draft differ: this must not happen; please report it")
+
+
+def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
+    """Runs every stage and returns the held-out reports, by domain and of "all"."""
+    import jax
+
+    from specjax import weights
+    from specjax.training.run import train
+    from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
+
+    folder = Path(config.output_dir)
+    with jax.default_matmul_precision("highest"):
+        target = weights.load_target(config.target.path, dtype="float32")
+        tokenizer = load_tokenizer(config.target.path)
+        stops = stop_token_ids(config.target.path)
+        heldout = embedded_prompts(tokenizer, "heldout", 2 * (sizes.heldout_prompts + VALIDATION_PROMPTS))
+        answer_files(config, sizes, target, tokenizer, stops, heldout)
+        train(config, resume=True)
+        exported = folder / "draft"
+        draft = weights.load_run_params(folder, "best")
+        weights.save_draft(draft, exported, fingerprint=weights.read_fingerprint(folder))
+        print(f"exported the draft to {exported}")
+        reports = evaluate(target, exported, stops, heldout, sizes)
+    write_summary(folder, reports)
+    plot(folder, reports)
+    return reports
+
+
+def embedded_prompts(tokenizer: Any, split: Any, count: int) -> Prompts:
+    """About `count` prompts of a split of the embedded corpus, half a domain, as token ids."""
+    from specjax.data.embedded import stdlib_conversations, word_problems
+    from specjax.data.prompts import chat_prompt
+
+    half = -(-count // 2)
+    stdlib = list(stdlib_conversations(split))
+    random.Random(0).shuffle(stdlib)
+    sources = {"code": stdlib, "word problems": word_problems(half, WORD_PROBLEM_SEEDS[split], split)}
+    prompts = {}
+    for domain, conversations in sources.items():
+        ids = (chat_prompt(c["messages"][:1], tokenizer, domain) for c in conversations)
+        prompts[domain] = list(islice((p for p in ids if len(p) <= MAX_PROMPT_TOKENS), half))
+    return prompts
+
+
+def answer_files(
+    config: RunConfig, sizes: Sizes, target: Decoder, tokenizer: Any, stops: tuple[int, ...], heldout: Prompts
+) -> None:
+    """Writes the target's answers to training and validation prompts, unless an earlier call already did."""
+    from specjax import weights
+
+    train_file, validation_file = Path(config.data.train[0]), Path(config.data.validation[0])
+    recipe = train_file.with_name("recipe.json")
+    wanted = {
+        "target": weights.target_fingerprint(target).embedding,
+        "train_prompts": sizes.train_prompts,
+        "max_new_tokens": sizes.max_new_tokens,
+    }
+    if recipe.exists():
+        if json.loads(recipe.read_text(encoding="utf-8")) != wanted:
+            raise InputError(f"{recipe}: answers of other settings or another target; delete {config.output_dir}")
+        return
+    train_file.parent.mkdir(parents=True, exist_ok=True)
+    validation = [p for prompts in heldout.values() for p in prompts[sizes.heldout_prompts :]][:VALIDATION_PROMPTS]
+    training = [p for prompts in embedded_prompts(tokenizer, "train", sizes.train_prompts).values() for p in prompts]
+    for path, prompts in ((validation_file, validation), (train_file, training)):
+        write_answers(path, target, prompts, stops, sizes.max_new_tokens)
+    recipe.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+
+
+def write_answers(
+    path: Path, target: Decoder, prompts: list[list[int]], stops: tuple[int, ...], max_new_tokens: int
+) -> None:
+    """Pre-tokenised records of prompts and the target's greedy answers; batches of similar prompt lengths."""
+    from rich.progress import track
+
+    from specjax.decoding import generate
+
+    ordered = sorted(prompts, key=len)
+    batches = [ordered[i : i + ANSWER_BATCH] for i in range(0, len(ordered), ANSWER_BATCH)]
+    with path.open("w", encoding="utf-8") as file:
+        for batch in track(batches, description=f"answers for {path.name}"):
+            for prompt, answer in zip(batch, generate(target, batch, None, max_new_tokens, stops).tokens, strict=True):
+                mask = [0] * len(prompt) + [1] * len(answer)
+                file.write(json.dumps({"input_ids": prompt + answer, "loss_mask": mask}) + "\n")
+
+
+def evaluate(
+    target: Decoder, exported: Path, stops: tuple[int, ...], heldout: Prompts, sizes: Sizes
+) -> dict[str, Report]:
+    """Loads the exported draft and measures it on held-out prompts, batch size 1."""
+    from specjax import weights
+    from specjax.decoding.benchmark import Settings, benchmark_decoding, table
+
+    draft = weights.load_draft(exported, dtype="float32")
+    weights.check_draft_matches(draft.config, target.config)
+    data_sets = {domain: prompts[: sizes.heldout_prompts] for domain, prompts in heldout.items()}
+    settings = Settings(sizes.max_new_tokens, stops, runs=sizes.runs)
+    reports = benchmark_decoding(target, draft, data_sets, settings)
+    print_table("held-out prompts, with the exported draft", reports, table(reports))
+    return reports
+
+
+def write_summary(folder: Path, reports: dict[str, Report]) -> None:
+    summary = {name: reports["all"][name] for name in SUMMARY_FIELDS}
+    summary |= {"data_sets": reports, "metadata": run_metadata()}
+    path = folder / "summary.json"
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+def plot(folder: Path, reports: dict[str, Report]) -> None:
+    """Writes loss.png and acceptance_by_position.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, label in (("train/loss", "training"), ("eval/loss", "validation")):
+        if name in events.Tags()["scalars"]:
+            points = events.Scalars(name)
+            axes.plot([p.step for p in points], [p.value for p in points], marker=".", label=label)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training the draft")
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=150)
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, report in reports.items():
+        shares = report["acceptance_by_position"]
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=name)
+    axes.set(
+        xlabel="draft position", ylabel="share of rounds that accept it", title="Acceptance by position", ylim=(0, 1)
+    )
+    axes.legend()
+    figure.savefig(folder / "acceptance_by_position.png", dpi=150)
+    plt.close("all")
+    print(f"wrote {folder / 'loss.png'} and {folder / 'acceptance_by_position.png'}")
+
+
+if __name__ == "__main__":
+    main()
