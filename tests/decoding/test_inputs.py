@@ -1,0 +1,101 @@
+"""What `generate` refuses, before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from specjax import generate
+from specjax.decoding.loop import decode, prefill
+from specjax.errors import InputError
+from specjax.models.decoder import Decoder
+from specjax.models.dflash import DFlashDraft
+from tests.decoding.tiny import FULL, TARGET, random_draft, random_target
+
+PROMPT = [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def target() -> Decoder:
+    return random_target(0)
+
+
+@pytest.fixture(scope="module")
+def draft() -> DFlashDraft:
+    return random_draft(0, FULL)
+
+
+def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs: Any) -> None:
+    before = prefill._cache_size(), decode._cache_size()
+    with jax.log_compiles(), pytest.raises(InputError, match=message):
+        generate(*args, **kwargs)
+    assert (prefill._cache_size(), decode._cache_size()) == before
+    assert not [r for r in caplog.records if r.getMessage().startswith("Compiling ")]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([PROMPT, []], {}, "prompt 1 is empty; give at least one token"),
+        ([PROMPT, [5, 96]], {}, "prompt 1: token id 96 is outside the target's vocabulary of 96"),
+        ([[-1]], {}, "prompt 0: token id -1 is outside"),
+        ([[2**70]], {}, r"prompt 0 is \[1180.*; give a list of integers"),
+        ([[1.0, 2.0]], {}, r"prompt 0 is \[1.0, 2.0\]; give a list of integers"),
+        ([[True]], {}, "give a list of integers"),
+        (["hello"], {}, "prompt 0 is 'hello'; give a list of integers"),
+        (PROMPT, {}, "prompt 0 is 1; give a list of integers"),
+        ([[PROMPT, [1]]], {}, "prompt 0 is .*; give a list of integers"),
+        (
+            [[1] * 33],
+            {"max_new_tokens": 128},
+            "prompt 0: 33 tokens and 128 new ones exceed the target's context of 160",
+        ),
+        ([PROMPT], {"max_new_tokens": 0}, "prompt 0: max_new_tokens is 0; give at least 1"),
+        ([PROMPT, PROMPT], {"max_new_tokens": [3, -1]}, "prompt 1: max_new_tokens is -1"),
+        ([PROMPT], {"max_new_tokens": 2.5}, r"max_new_tokens is \[2.5\]; give a list of integers"),
+        ([PROMPT, PROMPT], {"max_new_tokens": [3]}, "max_new_tokens has 1 entries for 2 prompts"),
+        ([PROMPT], {"stop_token_ids": [96]}, "prompt 0: stop token id 96 is outside the target's vocabulary"),
+        ([PROMPT, PROMPT], {"stop_token_ids": [[1], [-2]]}, "prompt 1: stop token id -2 is outside"),
+        ([PROMPT, PROMPT], {"stop_token_ids": [[1]]}, "stop_token_ids has 1 entries for 2 prompts"),
+        ([PROMPT], {"stop_token_ids": "</s>"}, "stop_token_ids is '</s>'; give a list of integers"),
+        ([PROMPT], {"temperature": 0.7}, "temperature is 0.7 and seed 0; only greedy decoding is available"),
+        ([PROMPT], {"seed": 3}, "temperature is 0.0 and seed 3; only greedy decoding is available"),
+        ([PROMPT], {"draft_tokens": 2}, "draft_tokens is 2, but there is no draft"),
+    ],
+)
+def test_a_bad_request_is_refused(target, caplog, prompts, options, message) -> None:
+    refused(caplog, message, target, prompts, **options)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, -1, 4])
+def test_draft_tokens_must_fit_the_block(target, draft, caplog, draft_tokens) -> None:
+    message = f"draft_tokens is {draft_tokens}; this draft proposes 1 to 3"
+    refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 64}, "the draft's hidden_size is 64, the target's 32"),
+        ({"vocab_size": 128}, "the draft's vocab_size is 128, the target's 96"),
+        ({"num_target_layers": 6}, "the draft's number of target layers is 6, the target's 3"),
+    ],
+)
+def test_a_draft_of_another_target_is_refused(target, caplog, change, message) -> None:
+    other = random_draft(0, dataclasses.replace(FULL, **change))
+    refused(caplog, message, target, [PROMPT], other)
+    refused(caplog, message, target, [], other)
+
+
+def test_a_bidirectional_target_is_refused(caplog) -> None:
+    other = random_target(0, dataclasses.replace(TARGET, causal=False))
+    refused(caplog, "the target is bidirectional", other, [PROMPT])
+
+
+def test_the_whole_context_may_be_used(target) -> None:
+    answer = generate(target, [np.arange(60)], max_new_tokens=100).tokens[0]
+    assert len(answer) == 100
