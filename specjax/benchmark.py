@@ -97,7 +97,9 @@ def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ..
     for row in rows:
         table.add_row(*row)
     console = Console()
-    console.print(table, width=None if console.is_terminal else 120)
+    if not console.is_terminal:
+        console.width = 120
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,6 @@ def load_models(args: argparse.Namespace) -> Models:
 
     from specjax import weights
     from specjax.models.decoder import check_mesh_fits
-    from specjax.models.dflash import DFlashDraft
     from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
@@ -98,10 +97,7 @@ def load_models(args: argparse.Namespace) -> Models:
     if args.draft is not None:
         run = Path(args.draft)
         if (run / RUN_DRAFT_CONFIG).exists():
-            loaded = weights.load_run_params(run, dtype=dtype)
-            if not isinstance(loaded, DFlashDraft):
-                raise InputError(f"{run}: holds no draft")
-            draft, folder = loaded, run
+            draft, folder = weights.load_run_draft(run, dtype=dtype), run
         else:
             draft, folder = weights.load_draft(args.draft, dtype=dtype), weights.model_folder(args.draft)
         weights.check_draft_matches(draft.config, target_config)

@@ -95,7 +95,7 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         answer_files(config, sizes, target, tokenizer, stops, heldout)
         train(config, resume=True)
         exported = folder / "draft"
-        draft = weights.load_run_params(folder, "best")
+        draft = weights.load_run_draft(folder, "best")
         weights.save_draft(draft, exported, fingerprint=weights.read_fingerprint(folder))
         print(f"exported the draft to {exported}")
         reports = evaluate(target, exported, stops, heldout, sizes)

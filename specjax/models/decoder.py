@@ -89,7 +89,9 @@ def check_mesh_fits(config: DecoderConfig) -> None:
         ("fsdp", "hidden_size", config.hidden_size),
     )
     wrong = [
-        f"{axis} {axis_size(axis)} does not divide {name} {size}" for axis, name, size in split if size % axis_size(axis)
+        f"{axis} {axis_size(axis)} does not divide {name} {size}"
+        for axis, name, size in split
+        if size % axis_size(axis)
     ]
     if wrong:
         raise ValueError("; ".join(wrong) + "; choose another mesh")

@@ -21,7 +21,7 @@ from specjax.weights.load import (
     weights_dtype,
 )
 from specjax.weights.module_params import flat_params, with_params
-from specjax.weights.orbax_checkpoint import load_checkpoint, load_run_params, save_checkpoint
+from specjax.weights.orbax_checkpoint import load_checkpoint, load_run_draft, load_run_params, save_checkpoint
 from specjax.weights.safetensors_files import model_folder
 from specjax.weights.save import save_draft, save_target
 
@@ -37,6 +37,7 @@ __all__ = [
     "is_draft_config",
     "load_checkpoint",
     "load_draft",
+    "load_run_draft",
     "load_run_params",
     "load_target",
     "model_folder",

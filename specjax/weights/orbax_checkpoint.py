@@ -78,6 +78,16 @@ def load_run_params(
     return _load(checkpoint_path(run, step), configs[0], dtype)
 
 
+def load_run_draft(
+    run_folder: str | Path, step: Literal["best"] | int | None = None, *, dtype: Any = jnp.float32
+) -> DFlashDraft:
+    """The draft a training run saved; arguments and errors as `load_run_params`'s, and a run of another kind."""
+    model = load_run_params(run_folder, step, dtype=dtype)
+    if not isinstance(model, DFlashDraft):
+        raise InputError(f"{run_folder}: is a run that trained a target, not a draft")
+    return model
+
+
 def checkpoint_path(run: Path, step: Literal["best"] | int | None) -> Path:
     """The folder of a run's checkpoint; errors as `load_run_params`'s."""
     with ocp.training.Checkpointer((run / RUN_CHECKPOINTS).absolute()) as checkpointer:
