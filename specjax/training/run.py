@@ -313,7 +313,10 @@ def _write_files(run: Path, config: RunConfig, task: Task) -> None:
                 f"{path}: the run to resume was made with another target or mask token than {config.target.path} has "
                 "now; restore it or choose another output_dir"
             )
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir {run}: cannot be made ({error.strerror}); choose another folder") from error
     (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     for name, value in (task.files | {METADATA_FILE: run_metadata()}).items():
         (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
