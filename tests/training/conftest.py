@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from specjax.training.loop import Loop
-from specjax.weights import flat_params, save_target
-from tests.training.tiny import TARGET_SHAPE, raw_run, train, write_rows
-from tests.weights.tiny import raw_config, tiny_decoder
+from specjax.weights import flat_params
+from tests.training.tiny import raw_run, save_tiny_target, train, write_rows
 
 
 class FinishedRun(NamedTuple):
@@ -23,8 +21,7 @@ class FinishedRun(NamedTuple):
 
 @pytest.fixture(scope="session")
 def target_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("target")
-    return save_target(tiny_decoder(raw_config(**TARGET_SHAPE)), folder, jnp.float32, extra_config={"eos_token_id": 60})
+    return save_tiny_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="session")

@@ -6,17 +6,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specjax.config import RunConfig, parse_config
 from specjax.train import main
+from specjax.weights import save_target
+from tests.weights.tiny import raw_config, tiny_decoder
 
 VOCABULARY, LENGTH, STEPS = 64, 24, 6
-MASK_TOKEN = VOCABULARY - 1
+MASK_TOKEN, STOP_TOKEN = VOCABULARY - 1, 60
 # Heads, width and vocabulary divide by 8; key/value heads do not, so a tensor axis of 8 copies them.
 TARGET_SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 8, "intermediate_size": 64}
+
+
+def save_tiny_target(folder: Path) -> Path:
+    """A Qwen3 of 4 layers without a tokenizer; token 60 ends an answer."""
+    decoder = tiny_decoder(raw_config(**TARGET_SHAPE))
+    return save_target(decoder, folder, jnp.float32, extra_config={"eos_token_id": STOP_TOKEN})
 
 
 def write_rows(path: Path, count: int, *, seed: int) -> Path:

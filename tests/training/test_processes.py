@@ -1,0 +1,81 @@
+"""Two processes with a device each, against one process with eight."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specjax.weights import flat_params, load_run_params
+from tests.conftest import DEVICE_COUNT_FLAG
+from tests.training.conftest import FinishedRun
+from tests.training.tiny import edited, scalars, train, write_config
+
+# The second process gets a SIGTERM during step 4 of the first run; the run after it exists already.
+SCRIPT = """
+import os, signal, sys
+from specjax.train import main
+from specjax.training.metrics import MetricsWriter
+
+coordinator, process, rows, tensor = sys.argv[1:]
+advance = MetricsWriter.advance
+
+def stop(self, step):
+    advance(self, step)
+    if step == 4 and process == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+MetricsWriter.advance = stop
+main([rows, "--coordinator", coordinator, "--num-processes", "2", "--process-id", process])
+MetricsWriter.advance = advance
+try:
+    main([rows])
+except SystemExit as refused:
+    print("refused", refused.code)
+main([tensor])
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def test_two_processes_train_as_one(raw: dict[str, Any], tmp_path: Path, finished_run: FinishedRun) -> None:
+    rows = edited(raw, {"output_dir": str(tmp_path / "rows"), "checkpoint.every_steps": 1000, "data.validation": []})
+    tensor = {"output_dir": str(tmp_path / "tensor"), "mesh.tensor": 2, "training.accumulation_steps": 2}
+    tensor = edited(raw, tensor)
+    address = f"127.0.0.1:{free_port()}"
+    environment = os.environ | {"XLA_FLAGS": f"{DEVICE_COUNT_FLAG}=1"}
+    paths = [str(write_config(config)) for config in (rows, tensor)]
+    commands = [[sys.executable, "-c", SCRIPT, address, str(process), *paths] for process in (0, 1)]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen(c, env=environment, stdout=pipe, stderr=pipe, text=True) for c in commands]
+    (first, first_errors), (second, second_errors) = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], first_errors + second_errors
+
+    assert "refused 2" in first
+    assert "--resume" in first_errors
+    assert "refused 2" in second
+    assert "step" not in second  # the first process logs for both
+    assert "process 0 refused the run" in second_errors
+
+    expected = scalars(finished_run.folder)
+    whole = scalars(tmp_path / "tensor")
+    for tag in ("train/loss", "train/grad_norm", "train/acc@1", "train/supervised_tokens", "eval/loss"):
+        assert whole[tag] == pytest.approx(expected[tag], rel=1e-5), tag
+    # Both stopped after the step in which one of them got the signal; one process with eight devices goes on.
+    assert [path.name for path in (tmp_path / "rows" / "checkpoints").iterdir()] == ["4"]
+    assert list(scalars(tmp_path / "rows")["train/loss"]) == [1, 2, 3, 4]
+    train(rows, "--resume")
+    assert scalars(tmp_path / "rows")["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-5)
+    params = flat_params(load_run_params(tmp_path / "rows"))
+    for name, value in finished_run.params.items():
+        np.testing.assert_allclose(np.asarray(params[name]), value, rtol=0, atol=1e-5 * np.abs(value).max())
