@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from specjax.config import RunConfig, load_config
 from specjax.data.chat_template import ChatTokenizer
-from specjax.data.conversations import parse_record
+from specjax.data.conversations import Conversation, parse_record
 from specjax.data.embedded import stdlib_conversations, train_tokenizer, word_problems
 from specjax.data.embedded.tokenizer import VOCAB_SIZE
 from specjax.data.pipeline import fixed_batches, read_examples
@@ -59,8 +59,6 @@ TOKENIZER_PROBLEMS = 5000  # word problems that the tokenizer learns from, besid
 HELDOUT_SHARE = 50  # training problems for each held-out one
 REPORT_SAMPLES = 320
 SAMPLE_TOKENS = 200
-
-Conversation = dict[str, Any]
 
 
 @exit_on_input_error
@@ -126,13 +124,14 @@ def write_corpus(corpus: Path, code_folder: Path | None, problems: int, max_leng
 
 
 def write_token_ids(
-    path: Path, chat: ChatTokenizer, conversations: Iterable[Conversation], max_length: int, *, learn_prompts: bool
+    path: Path, chat: ChatTokenizer, conversations: Iterable[dict[str, Any]], max_length: int, *, learn_prompts: bool
 ) -> None:
     """Pre-tokenised JSONL; conversations of more than `max_length` tokens are left out, so that every answer ends."""
     samples = tokens = 0
     with open(path, "w", encoding="utf-8") as file:
         for i, conversation in enumerate(conversations):
             record = parse_record(conversation, f"{path.stem} {i}")
+            assert isinstance(record, Conversation)
             input_ids, loss_mask = chat(record)
             if len(input_ids) > max_length:
                 continue

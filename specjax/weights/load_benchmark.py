@@ -152,9 +152,13 @@ class AnonymousMemory:
         if self._start is not None and self._peak is not None:
             self.growth = self._peak - self._start
 
+    def sample(self) -> None:
+        """Takes the present value into account."""
+        self._peak = max(self._peak or 0, self._read() or 0)
+
     def _sample(self) -> None:
         while self._start is not None and not self._stop.wait(SAMPLE_SECONDS):
-            self._peak = max(self._peak or 0, self._read() or 0)
+            self.sample()
 
     @staticmethod
     def _read() -> int | None:
