@@ -146,7 +146,7 @@ def decode(
 def _commit(state: DecodeState, limits: Limits, choices: jax.Array, matched: jax.Array) -> DecodeState:
     """Appends choices[:, : matched + 1] [b, n + 1] after position `length`, cut at a stop token or the row's limit."""
     index = jnp.arange(choices.shape[1], dtype=jnp.int32)
-    stopping = (choices[:, :, None] == limits.stops[:, None, :]).any(-1) & (index <= matched[:, None])
+    stopping = (choices[:, :, None] == limits.stops[:, None, :]).any(-1)
     room = limits.total - (state.length + 1)
     stop = jnp.where(stopping, index, choices.shape[1]).min(axis=1)
     count = jnp.minimum(jnp.minimum(matched + 1, stop + 1), room)
