@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+import numpy.typing as npt
 
 from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.loop import DecodeState, Limits, decode, prefill
@@ -21,6 +22,8 @@ from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 PROMPT_BUCKET = 64  # prompts are padded to a power of two times this
 NEW_TOKENS_BUCKET = 64
 STOPS_BUCKET = 4
+
+Ids = Sequence[int] | npt.NDArray[np.integer]
 
 
 @dataclass(frozen=True)
@@ -37,10 +40,10 @@ class Generation:
 
 def generate(
     target: Decoder,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids] | npt.NDArray[np.integer],
     draft: DFlashDraft | Drafter | None = None,
-    max_new_tokens: int | Sequence[int] = 128,
-    stop_token_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+    max_new_tokens: int | np.integer | Ids = 128,
+    stop_token_ids: Ids | Sequence[Ids] = (),
     draft_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
@@ -60,20 +63,20 @@ def generate(
         )
     drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
     width = _check_models(target, drafter, draft_tokens)
-    prompts = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
-    new_tokens, stops = _per_prompt(len(prompts), max_new_tokens, stop_token_ids)
-    _check_limits(target, prompts, new_tokens, stops)
-    if not prompts:
+    rows = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
+    new_tokens, stops = _per_prompt(len(rows), max_new_tokens, stop_token_ids)
+    _check_limits(target, rows, new_tokens, stops)
+    if not rows:
         return Generation([], [], 0.0, 0.0)
     with mesh_scope():
-        batch = Batch.build(target, prompts, new_tokens, stops, drafter.block_size if drafter else 1)
+        batch = Batch.build(target, rows, new_tokens, stops, drafter.block_size if drafter else 1)
         started = time.perf_counter()
         state = jax.block_until_ready(batch.prefill(target, drafter))
         prefilled = time.perf_counter()
         state = jax.block_until_ready(decode(target, drafter, state, batch.limits, draft_tokens=width))
         finished = time.perf_counter()
     tokens, rounds = batch.outputs(state)
-    return Generation(tokens, rounds if drafter else [[] for _ in prompts], prefilled - started, finished - prefilled)
+    return Generation(tokens, rounds if drafter else [[] for _ in rows], prefilled - started, finished - prefilled)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _integers(name: str, values: object) -> list[int]:
 
 
 def _per_prompt(
-    count: int, max_new_tokens: int | Sequence[int], stop_token_ids: Sequence[int] | Sequence[Sequence[int]]
+    count: int, max_new_tokens: int | np.integer | Ids, stop_token_ids: Ids | Sequence[Ids]
 ) -> tuple[list[int], list[list[int]]]:
     shared = np.ndim(max_new_tokens) == 0
     new_tokens = _integers("max_new_tokens", [max_new_tokens] * count if shared else max_new_tokens)

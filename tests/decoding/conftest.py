@@ -1,19 +1,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import pytest
 
 from specjax.decoding import generate
-from specjax.models.decoder import Decoder
-from tests.decoding.tiny import random_prompts, random_target
-
-Case = tuple[Decoder, list[list[int]], list[list[int]]]
+from tests.decoding.tiny import Case, Cases, random_prompts, random_target
 
 
 @pytest.fixture(scope="session")
-def case() -> Callable[[int, int], Case]:
+def case() -> Cases:
     """(seed, batch) -> a random target, prompts, and 64 greedy tokens after each."""
 
     target = functools.cache(random_target)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.decoding import DFlashDrafter
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS, put
@@ -42,7 +43,7 @@ class Oracle:
 class Mixture:
     """A drafter's own proposals, but the oracle's where `known` [b, positions]: so that many are accepted."""
 
-    inner: object
+    inner: DFlashDrafter
     oracle: Oracle
     known: jax.Array
 
@@ -57,8 +58,10 @@ class Mixture:
     def init(self, rows: int, capacity: int) -> KVCache:
         return self.inner.init(rows, capacity)
 
-    def observe(self, state: KVCache, taps: jax.Array, positions: jax.Array, slots: jax.Array) -> KVCache:
-        return self.inner.observe(state, taps, positions, slots)
+    def observe(
+        self, state: KVCache, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array
+    ) -> KVCache:
+        return self.inner.observe(state, taps_btm, positions_bt, slots_bt)
 
     def draft(self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
         own = self.inner.draft(state, target, last_token_b, length_b)

@@ -13,9 +13,11 @@ from specjax import fetch
 from specjax.decoding import DFlashDrafter, generate
 from specjax.decoding.generate import Batch
 from specjax.decoding.loop import decode, prefill
+from specjax.models.decoder import Decoder
 from specjax.models.sharding import mesh_scope
 from tests.decoding.tiny import FULL, SLIDING, TARGET, random_draft, random_target
 
+DraftedBatch = tuple[Decoder, DFlashDrafter, Batch]
 BATCH = 2  # no other test decodes two rows: what is counted here is compiled here
 
 
@@ -67,14 +69,14 @@ def test_one_copy_to_the_host_and_none_to_the_device(drafted: bool) -> None:
 
 
 @pytest.fixture(scope="module")
-def drafted_batch() -> tuple[Any, DFlashDrafter, Batch]:
+def drafted_batch() -> DraftedBatch:
     with mesh_scope():
         target, drafter = random_target(0), DFlashDrafter(random_draft(0, SLIDING))
         prompts = [[1, 2, 3], [4, 5]]
         return target, drafter, Batch.build(target, prompts, [40, 40], [[], []], drafter.block_size)
 
 
-def test_the_state_is_donated(drafted_batch: Any) -> None:
+def test_the_state_is_donated(drafted_batch: DraftedBatch) -> None:
     target, drafter, batch = drafted_batch
     with mesh_scope():
         state = batch.prefill(target, drafter)
@@ -83,7 +85,7 @@ def test_the_state_is_donated(drafted_batch: Any) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((result, target, drafter, batch.limits)))
 
 
-def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: Any) -> None:
+def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: DraftedBatch) -> None:
     target, drafter, batch = drafted_batch
     with mesh_scope():
         state = batch.prefill(target, drafter)

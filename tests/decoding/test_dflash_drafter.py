@@ -16,7 +16,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.oracle import Mixture, oracle, proposals
-from tests.decoding.tiny import DRAFTS, TARGET, is_tie, random_draft
+from tests.decoding.tiny import DRAFTS, TARGET, Cases, is_tie, random_draft
 
 LIMITS = (50, 9, 1)
 
@@ -78,7 +78,7 @@ def training_logits(target: Decoder, draft: DFlashDraft, tokens_bt: jax.Array, a
 
 
 @pytest.mark.parametrize(("kind", "draft_tokens"), [("full", 3), ("sliding", 5)])
-def test_proposals_are_those_of_the_training_forward(case, kind, draft_tokens) -> None:
+def test_proposals_are_those_of_the_training_forward(case: Cases, kind: str, draft_tokens: int) -> None:
     """Over rounds of many acceptance lengths: an oracle replaces some of the proposals that are verified."""
     config = DRAFTS[kind]
     target, prompts, answers = case(0, 3)

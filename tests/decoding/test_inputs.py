@@ -67,12 +67,16 @@ def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs
         ([PROMPT], {"draft_tokens": 2}, "draft_tokens is 2, but there is no draft"),
     ],
 )
-def test_a_bad_request_is_refused(target, caplog, prompts, options, message) -> None:
+def test_a_bad_request_is_refused(
+    target: Decoder, caplog: pytest.LogCaptureFixture, prompts: Any, options: dict[str, Any], message: str
+) -> None:
     refused(caplog, message, target, prompts, **options)
 
 
 @pytest.mark.parametrize("draft_tokens", [0, -1, 4])
-def test_draft_tokens_must_fit_the_block(target, draft, caplog, draft_tokens) -> None:
+def test_draft_tokens_must_fit_the_block(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, draft_tokens: int
+) -> None:
     message = f"draft_tokens is {draft_tokens}; this draft proposes 1 to 3"
     refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
 
@@ -85,17 +89,19 @@ def test_draft_tokens_must_fit_the_block(target, draft, caplog, draft_tokens) ->
         ({"num_target_layers": 6}, "the draft's number of target layers is 6, the target's 3"),
     ],
 )
-def test_a_draft_of_another_target_is_refused(target, caplog, change, message) -> None:
+def test_a_draft_of_another_target_is_refused(
+    target: Decoder, caplog: pytest.LogCaptureFixture, change: dict[str, int], message: str
+) -> None:
     other = random_draft(0, dataclasses.replace(FULL, **change))
     refused(caplog, message, target, [PROMPT], other)
     refused(caplog, message, target, [], other)
 
 
-def test_a_bidirectional_target_is_refused(caplog) -> None:
+def test_a_bidirectional_target_is_refused(caplog: pytest.LogCaptureFixture) -> None:
     other = random_target(0, dataclasses.replace(TARGET, causal=False))
     refused(caplog, "the target is bidirectional", other, [PROMPT])
 
 
-def test_the_whole_context_may_be_used(target) -> None:
+def test_the_whole_context_may_be_used(target: Decoder) -> None:
     answer = generate(target, [np.arange(60)], max_new_tokens=100).tokens[0]
     assert len(answer) == 100

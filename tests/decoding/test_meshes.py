@@ -8,14 +8,15 @@ import pytest
 
 from specjax.decoding import DFlashDrafter, generate
 from specjax.models.sharding import SPECS, make_mesh, put
+from specjax.weights import flat_params, with_params
 from tests.decoding.oracle import Mixture, oracle, proposals
-from tests.decoding.tiny import FULL, TARGET, assert_same_tokens, random_draft, random_target
+from tests.decoding.tiny import FULL, TARGET, Cases, assert_same_tokens, random_draft, random_target
 
 LIMITS = [40, 1, 24]
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((1, 1, 8), 3), ((2, 2, 2), 4)])
-def test_three_prompts_decode_as_on_one_device(case, shape, rows) -> None:
+def test_three_prompts_decode_as_on_one_device(case: Cases, shape: tuple[int, int, int], rows: int) -> None:
     """The same models, laid out on a mesh; on 2x2x2 a row is added to divide them."""
     one_device, prompts, answers = case(0, 3)
     table = proposals(prompts, answers, 0.0, 0, TARGET.vocab_size, rows)
@@ -33,3 +34,19 @@ def test_three_prompts_decode_as_on_one_device(case, shape, rows) -> None:
     assert set(drafted.rounds[0]) == {1, 2, 3, 4}
     assert drafted.rounds[1] == []
     assert sum(drafted.rounds[2]) >= len(expected[2]) - 1
+
+
+def test_ties_between_vocabulary_shards_go_to_the_lowest_id(case: Cases) -> None:
+    """The upper half of the head repeats the lower half, so every choice is an exact tie."""
+    _, prompts, _ = case(0, 3)
+    half = TARGET.vocab_size // 2
+    with jax.set_mesh(make_mesh(1, 1, 8)):
+        target = random_target(0)
+        params = flat_params(target)
+        kernel = np.asarray(params["lm_head.kernel"])
+        doubled = np.concatenate([kernel[:, :half], kernel[:, :half]], axis=1)
+        params["lm_head.kernel"] = put(doubled, SPECS.head_dv)
+        answers = generate(with_params(target, params), prompts, None, LIMITS, [[], [], []]).tokens
+    assert [len(answer) for answer in answers] == LIMITS
+    assert len(set(answers[0])) >= 4
+    assert max(map(max, answers)) < half

@@ -10,7 +10,7 @@ import pytest
 from specjax.decoding import generate
 from specjax.models.sharding import mesh_scope
 from tests.decoding.oracle import oracle, proposals, simulate
-from tests.decoding.tiny import DRAFTS, TARGET, assert_same_tokens, random_draft, random_prompts, random_target
+from tests.decoding.tiny import DRAFTS, TARGET, Cases, assert_same_tokens, random_draft, random_prompts, random_target
 
 ERROR_RATES = (0.0, 0.1, 0.25, 0.5, 1.0)
 # batch, block size, drafts verified a round
@@ -23,7 +23,13 @@ def limits_and_stops(rng: np.random.Generator, answers: list[list[int]]) -> tupl
     stops = []
     for answer in answers:
         absent = [t for t in range(TARGET.vocab_size) if t not in answer]
-        kinds = [], [answer[0]], rng.choice(answer[1:56], 2).tolist(), [absent[0], answer[30]], absent[:4]
+        kinds: list[list[int]] = [
+            [],
+            [answer[0]],
+            rng.choice(answer[1:56], 2).tolist(),
+            [absent[0], answer[30]],
+            absent[:4],
+        ]
         stops.append(kinds[rng.choice(len(kinds), p=[0.3, 0.1, 0.2, 0.2, 0.2])])
     return limits, stops
 
@@ -34,7 +40,9 @@ def cut(answer: list[int], limit: int, stops: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(("batch", "block", "draft_tokens"), SHAPES)
-def test_an_oracle_with_errors_changes_no_token_and_every_round_counts(case, batch, block, draft_tokens) -> None:
+def test_an_oracle_with_errors_changes_no_token_and_every_round_counts(
+    case: Cases, batch: int, block: int, draft_tokens: int | None
+) -> None:
     width = draft_tokens or block - 1
     acceptance_lengths: set[int] = set()
     stopped_inside = 0
@@ -60,7 +68,7 @@ def test_an_oracle_with_errors_changes_no_token_and_every_round_counts(case, bat
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
-def test_autoregressive_answers_end_at_limits_and_stops(case, batch) -> None:
+def test_autoregressive_answers_end_at_limits_and_stops(case: Cases, batch: int) -> None:
     for seed in range(3):
         target, prompts, answers = case(seed, batch)
         limits, stops = limits_and_stops(np.random.default_rng(seed), answers)
@@ -69,7 +77,7 @@ def test_autoregressive_answers_end_at_limits_and_stops(case, batch) -> None:
         assert result.rounds == [[]] * batch
 
 
-def test_answers_vary(case) -> None:
+def test_answers_vary(case: Cases) -> None:
     """Else a proposal at a wrong position could be right."""
     _, _, answers = case(1, 8)
     assert min(len(set(answer)) for answer in answers) >= 4
@@ -77,7 +85,7 @@ def test_answers_vary(case) -> None:
 
 
 @pytest.mark.parametrize("new_tokens", [1, 2, 64])
-def test_max_new_tokens_is_exact(case, new_tokens) -> None:
+def test_max_new_tokens_is_exact(case: Cases, new_tokens: int) -> None:
     target, prompts, answers = case(1, 8)
     table = proposals(prompts, answers, 0.0, 0, TARGET.vocab_size)
     with mesh_scope():
@@ -105,7 +113,7 @@ def test_blocks_may_reach_past_full_buckets_and_the_context() -> None:
 
 
 @pytest.mark.parametrize("kind", DRAFTS)
-def test_random_drafts_change_no_token(case, kind) -> None:
+def test_random_drafts_change_no_token(case: Cases, kind: str) -> None:
     config = DRAFTS[kind]
     for seed in range(2):
         target, prompts, answers = case(seed, 3)
@@ -121,14 +129,14 @@ def test_random_drafts_change_no_token(case, kind) -> None:
             assert all(1 <= r <= config.block_size for r in rounds)
 
 
-def test_a_call_without_prompts_answers_nothing(case) -> None:
+def test_a_call_without_prompts_answers_nothing(case: Cases) -> None:
     target, _, _ = case(0, 1)
     for prompts in ([], np.zeros((0, 3), np.int32)):
         result = generate(target, prompts, max_new_tokens=3)
         assert (result.tokens, result.rounds) == ([], [])
 
 
-def test_numpy_arguments_are_taken(case) -> None:
+def test_numpy_arguments_are_taken(case: Cases) -> None:
     target, prompts, answers = case(0, 3)
     arrays = [np.array(p, dtype) for p, dtype in zip(prompts, (np.int32, np.int64, np.uint8), strict=True)]
     assert generate(target, arrays, max_new_tokens=np.int64(9)).tokens == [a[:9] for a in answers]

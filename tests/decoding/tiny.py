@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,8 @@ DRAFTS = {"full": FULL, "sliding": SLIDING}
 TIE_MARGIN = 1e-5  # of the logits' range
 
 Tokens = Sequence[Sequence[int]]
+Case = tuple[Decoder, list[list[int]], list[list[int]]]  # a target, prompts and its answers
+Cases = Callable[[int, int], Case]  # of a seed and a number of prompts
 
 
 def random_target(seed: int, config: DecoderConfig = TARGET) -> Decoder:
