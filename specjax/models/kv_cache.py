@@ -55,6 +55,12 @@ class KVCache:
 def _scatter(cache_bksh: jax.Array, new_bkth: jax.Array, slots_bt: jax.Array) -> jax.Array:
     # vmapped per row: compiles to no collective on any mesh, unlike an indexed update of the whole batch.
     # A negative slot is dropped like any other outside the cache, and does not count from the end.
+    if slots_bt.shape[1] == 1:
+        # XLA turns a scatter of one slot of one row into a read and an update of the cache, and copies the whole cache
+        # for it, twice a layer and step. A second write that is dropped keeps it a scatter, done in place.
+        new_bkth = jnp.concatenate([new_bkth, new_bkth], axis=2)
+        slots_bt = jnp.concatenate([slots_bt, jnp.full_like(slots_bt, cache_bksh.shape[2])], axis=1)
+
     def write(cache: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
         return cache.at[:, slots].set(new, mode="drop", wrap_negative_indices=False)
 

@@ -106,3 +106,14 @@ def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: Draft
     assert not re.search(rf"f32\[{shape}\]\S* (copy|transpose|select|concatenate|pad|add|convert)\(", text)
     memory = programs[1].memory_analysis()
     assert memory.alias_size_in_bytes >= sum(cache.nbytes for cache in caches)
+
+
+def test_the_baseline_of_one_row_copies_no_cache() -> None:
+    """One slot of one row is the shape for which XLA would replace the in-place write by copies of the cache."""
+    with mesh_scope():
+        target = random_target(0)
+        batch = Batch.build(target, [[1, 2, 3]], [40], [[]], 1)
+        state = batch.prefill(target, None)
+        text = decode.lower(target, None, state, batch.limits, draft_tokens=0).compile().as_text()
+    shape = ",".join(map(str, state.cache.keys[0].shape))
+    assert not re.search(rf"f32\[{shape}\]\S* copy\(", text)
