@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from specjax.cli import add_model_arguments, decoding_mesh, load_models
+from specjax.cli import Models, add_model_arguments, decoding_mesh, load_models
 from specjax.errors import InputError, exit_on_input_error
 from specjax.metadata import run_metadata
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     decode.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
     decode.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
     decode.add_argument("--runs", type=int, default=5, help="timed repetitions, AR and speculative interleaved")
+    decode.add_argument("--compare-hf", action="store_true", help="also time transformers' generate (needs PyTorch)")
     decode.add_argument("--json", type=Path, help="also write the report here")
     load = commands.add_parser("load", help="time and memory of loading a model folder, against reading its files")
     load.add_argument("--target", help="model folder (default: random weights of a 1.5 GB shape)")
@@ -62,7 +63,28 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         with console.status("decoding") as status:
             report: dict[str, Any] = benchmark_decoding(models.target, models.draft, data_sets, settings, status.update)
     print_table(str(args.draft), list(report), table(report))
+    if args.compare_hf:
+        for name, prompts in data_sets.items():
+            report[name]["transformers"] = _compare_hf(args, models, name, prompts, report[name])
     return report
+
+
+def _compare_hf(
+    args: argparse.Namespace, models: Models, name: str, prompts: list[list[int]], report: dict[str, Any]
+) -> dict[str, Any]:
+    """Autoregressive decoding here against transformers' `generate`, end to end, and whether the outputs agree."""
+    from specjax.decoding.hf_baseline import measure_transformers
+    from specjax.weights import model_folder
+
+    folder = model_folder(args.target)
+    theirs = measure_transformers(folder, prompts, args.max_new_tokens, models.stop_token_ids, args.runs)
+    ratio = report["ar_end_to_end_tokens_per_s"] / theirs["tokens_per_s"]
+    same = sum(a == b for a, b in zip(theirs.pop("outputs"), report["outputs"], strict=True))
+    print(
+        f"{name}: transformers generate {theirs['tokens_per_s']:.0f} tokens/s ({theirs['threads']} threads), ours "
+        f"{ratio:.2f}x, both autoregressive, end to end; {same} of {len(prompts)} outputs equal"
+    )
+    return theirs | {"ratio": ratio, "equal_outputs": same}
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:

@@ -180,7 +180,8 @@ def evaluate(
 
 def write_summary(folder: Path, reports: dict[str, Report]) -> None:
     summary = {name: reports["all"][name] for name in SUMMARY_FIELDS}
-    summary |= {"data_sets": reports, "metadata": run_metadata()}
+    data_sets = {name: {k: v for k, v in report.items() if k != "outputs"} for name, report in reports.items()}
+    summary |= {"data_sets": data_sets, "metadata": run_metadata()}
     path = folder / "summary.json"
     path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {path}")

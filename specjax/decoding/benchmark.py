@@ -106,7 +106,8 @@ def _report(draft: DFlashDraft, measured: Measurement, settings: Settings, costs
         "repeated_4gram_fraction": repeated_ngrams(outputs),
     }
     report |= _equality(measured.plain, measured.drafted)
-    report |= _speeds(measured.passes, report["tokens"] - len(outputs))
+    report |= _speeds(measured.passes, report["tokens"], len(outputs))
+    report["outputs"] = outputs
     return report | costs | {"predicted_speedup_decode": _predicted(measured, costs)}
 
 
@@ -149,13 +150,15 @@ def _timed_pass(
     return seconds
 
 
-def _speeds(passes: Sequence[dict[str, float]], decoded_tokens: int) -> Report:
-    """Tokens/s are decode-only: the first token of an answer is the prefill's and counts for neither."""
+def _speeds(passes: Sequence[dict[str, float]], tokens: int, prompts: int) -> Report:
+    """Decode-only tokens/s leave out the first token of every answer: it is the prefill's."""
+    decoded_tokens = tokens - prompts
     decode = [p["ar_decode"] / p["speculative_decode"] for p in passes]
     total = [p["ar_total"] / p["speculative_total"] for p in passes]
     return {
         "ar_tokens_per_s": decoded_tokens / statistics.median(p["ar_decode"] for p in passes),
         "speculative_tokens_per_s": decoded_tokens / statistics.median(p["speculative_decode"] for p in passes),
+        "ar_end_to_end_tokens_per_s": tokens / statistics.median(p["ar_total"] for p in passes),
         "speedup_decode": statistics.median(decode),
         "speedup_decode_range": [min(decode), max(decode)],
         "speedup_end_to_end": statistics.median(total),
@@ -283,6 +286,7 @@ _ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ("repeated 4-grams", lambda r: f"{r['repeated_4gram_fraction']:.3f}"),
     ("AR tokens/s, decode only", lambda r: f"{r['ar_tokens_per_s']:.0f}"),
     ("speculative tokens/s, decode only", lambda r: f"{r['speculative_tokens_per_s']:.0f}"),
+    ("AR tokens/s, end to end", lambda r: f"{r['ar_end_to_end_tokens_per_s']:.0f}"),
     ("speedup, decode only", lambda r: _with_range(r, "speedup_decode")),
     ("speedup, end to end", lambda r: _with_range(r, "speedup_end_to_end")),
     ("AR step / draft / verify, ms", lambda r: " / ".join(f"{1e3 * r[k]:.2f}" for k in COSTS)),
