@@ -47,6 +47,17 @@ def slot_mask(
     return learnt_bNB & inside & valid_bN[..., None] & (slots > 0)
 
 
+def covered_tokens(mask_bNB: jax.Array, anchors_bN: jax.Array, length: int) -> jax.Array:
+    """Tokens that some block supervises, bool [b, length]; `mask_bNB` is a `slot_mask`."""
+    positions_bNB = anchors_bN[..., None] + jnp.arange(mask_bNB.shape[-1])
+    positions_bNB = jnp.where(mask_bNB, positions_bNB, length)
+
+    def row(positions: jax.Array) -> jax.Array:
+        return jnp.zeros(length, bool).at[positions.ravel()].set(True, mode="drop")
+
+    return jax.vmap(row)(positions_bNB)
+
+
 def document_starts(document_ids_bt: jax.Array) -> jax.Array:
     """First position of each token's document, int32 [b, t]; documents are contiguous, padding is a run of its own."""
     position = jnp.arange(document_ids_bt.shape[1], dtype=jnp.int32)

@@ -17,11 +17,14 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from specjax.blockdiff.metrics import accuracy_by_position, teacher_forced_acceptance_length
 
 Metrics = dict[str, float]
-ADDITIVE = ("correct", "supervised", "prefix", "blocks", "weight", "loss_sum")
+ADDITIVE = ("correct", "supervised", "prefix", "blocks", "covered", "coverable", "weight", "loss_sum")
 
 
 def readable(sums: Mapping[str, np.ndarray]) -> Metrics:
-    """Loss (nats a token), perplexity or acc@k and acceptance length from additive sums."""
+    """Loss (nats a token), perplexity or acc@k and acceptance length from additive sums.
+
+    coverage: share of the answers' tokens that a block supervised.
+    """
     metrics = {"loss": _ratio(sums["loss_sum"], sums["weight"])}
     if "prefix" not in sums:
         metrics["accuracy"] = _ratio(sums["correct"], sums["supervised"])
@@ -31,6 +34,8 @@ def readable(sums: Mapping[str, np.ndarray]) -> Metrics:
     metrics |= {f"acc@{k}": float(accuracies[k]) for k in range(1, len(accuracies))}
     metrics["acceptance_length_tf"] = teacher_forced_acceptance_length(float(sums["prefix"]), float(sums["blocks"]))
     metrics["supervised_tokens"] = float(np.sum(sums["supervised"]))
+    if "coverable" in sums:
+        metrics["coverage"] = _ratio(sums["covered"], sums["coverable"])
     return metrics
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.blockdiff.losses import BlockLoss, block_cross_entropy
-from specjax.blockdiff.masks import context_ranges, document_starts, slot_mask
+from specjax.blockdiff.masks import context_ranges, covered_tokens, document_starts, slot_mask
 from specjax.blockdiff.noise import block_inputs
 from specjax.models.decoder import Decoder, DecoderOutput
 from specjax.models.dflash import DFlashDraft
@@ -34,7 +34,9 @@ class BlockDiffusionLoss:
         """Cross-entropy with the data's tokens: (sum of weighted losses, sums)."""
         noise_ids, labels = self.blocks(draft, batch)
         sums = self._sums(draft, target, batch, self.run_target(draft, target, batch), noise_ids, labels)
-        return sums.loss_sum, LossSums(sums.weight_sum, statistics(sums))
+        covered = covered_tokens(self.slots(draft, batch), batch["anchors"], batch["loss_mask"].shape[1])
+        counts = {"covered": covered.sum(dtype=jnp.float32), "coverable": batch["loss_mask"].sum(dtype=jnp.float32)}
+        return sums.loss_sum, LossSums(sums.weight_sum, statistics(sums) | counts)
 
     def against_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> BlockLoss:
         """The same sums with the target's own greedy choice at every slot as the label (teacher forcing)."""
@@ -46,6 +48,17 @@ class BlockDiffusionLoss:
     def blocks(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array, jax.Array]:
         config = draft.config
         return block_inputs(batch["input_ids"], batch["anchors"], config.block_size, config.mask_token_id)
+
+    def slots(self, draft: DFlashDraft, batch: Batch) -> jax.Array:
+        """The supervised slots, bool [b, N, B]."""
+        return slot_mask(
+            batch["loss_mask"],
+            batch["document_ids"],
+            batch["anchors"],
+            batch["anchor_valid"],
+            draft.config.block_size,
+            cumulative=self.cumulative_mask,
+        )
 
     def run_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> DecoderOutput:
         return target(
@@ -71,19 +84,11 @@ class BlockDiffusionLoss:
         start, stop = context_ranges(documents, anchors)
         noise = target.embed(noise_ids)
         hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)
-        mask = slot_mask(
-            batch["loss_mask"],
-            documents,
-            anchors,
-            batch["anchor_valid"],
-            draft.config.block_size,
-            cumulative=self.cumulative_mask,
-        )
         return block_cross_entropy(
             hidden,
             target.head_kernel(),
             labels,
-            mask,
+            self.slots(draft, batch),
             weighting=self.weighting,
             gamma=self.gamma,
             alpha=self.alpha,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from specjax.blockdiff.masks import context_ranges, document_starts, slot_mask
+from specjax.blockdiff.masks import context_ranges, covered_tokens, document_starts, slot_mask
 from specjax.blockdiff.noise import block_inputs
 from specjax.models.sharding import BATCH, make_mesh, put
 
@@ -85,6 +85,20 @@ def test_slot_mask_equals_a_loop_over_positions(mesh: None, batch: dict[str, np.
     expected = expected_slot_mask(batch, cumulative)
     np.testing.assert_array_equal(mask, expected)
     assert expected.any(axis=(0, 1)).tolist() == [False] + [True] * (B - 1)
+
+
+def test_covered_tokens_are_those_of_the_supervised_slots(mesh: None, batch: dict[str, np.ndarray]):
+    names = ("loss_mask", "document_ids", "anchors", "valid")
+    arguments = sharded(batch, *names)
+
+    def covered(*arrays: jax.Array) -> jax.Array:
+        return covered_tokens(slot_mask(*arrays, B), arrays[2], arrays[0].shape[1])
+
+    mask = expected_slot_mask(batch, cumulative=True)
+    expected = np.zeros(batch["loss_mask"].shape, bool)
+    for row, block, slot in zip(*np.nonzero(mask), strict=True):
+        expected[row, batch["anchors"][row, block] + slot] = True
+    np.testing.assert_array_equal(jax.jit(covered)(*arguments), expected)
 
 
 def test_the_two_supervision_rules_differ(batch: dict[str, np.ndarray]):

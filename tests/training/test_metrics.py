@@ -32,6 +32,8 @@ def test_sums_are_added_before_they_are_divided() -> None:
             "supervised": np.array([0, 4, 0], np.float32),
             "prefix": np.float32(prefix),
             "blocks": np.float32(2),
+            "covered": np.float32(correct),
+            "coverable": np.float32(8),
             "learning_rate": np.float32(7),
         }
         for loss, weight, correct, prefix in ((6, 1, 1, 3), (2, 3, 3, 5))
@@ -42,11 +44,12 @@ def test_sums_are_added_before_they_are_divided() -> None:
     assert math.isnan(metrics["acc@2"])
     assert metrics["acceptance_length_tf"] == 2.0
     assert metrics["supervised_tokens"] == 8.0
+    assert metrics["coverage"] == 0.25
 
 
 def test_tags_of_a_draft_run(finished_run: FinishedRun) -> None:
     found = scalars(finished_run.folder)
-    measures = {"loss", "acceptance_length_tf", "supervised_tokens", *ACCURACIES}
+    measures = {"loss", "acceptance_length_tf", "supervised_tokens", "coverage", *ACCURACIES}
     times = {"train/step_time_s", "train/tokens_per_s"}
     every_step = {f"train/{name}" for name in measures | {"learning_rate", "grad_norm"}}
     assert set(found) == every_step | times | {f"eval/{name}" for name in measures}
