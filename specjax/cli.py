@@ -52,17 +52,15 @@ def _json_object(text: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def decoding_mesh(args: argparse.Namespace) -> Iterator[None]:
-    """The mesh and matmul precision of a decoding command."""
+    """The mesh and the precision of matrix products of a decoding command."""
     import jax
 
+    from specjax.models.precision import matmul_precision
     from specjax.models.sharding import make_mesh
 
     if not 1 <= args.tensor <= jax.device_count():
         raise InputError(f"--tensor is {args.tensor}; there are {jax.device_count()} devices")
-    # JAX's default multiplies fp32 in bf16 on TPU and in TF32 on recent GPUs.
-    precision = "highest" if _dtype(args) == "float32" else "default"
-    mesh = make_mesh(tensor=args.tensor)
-    with jax.set_mesh(mesh), jax.default_matmul_precision(precision):
+    with jax.set_mesh(make_mesh(tensor=args.tensor)), matmul_precision(_dtype(args)):
         yield
 
 

@@ -80,14 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     """Runs every stage and returns the held-out reports, by domain and of "all"."""
-    import jax
-
     from specjax import weights
+    from specjax.models.precision import matmul_precision
     from specjax.training.run import train
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     folder = Path(config.output_dir)
-    with jax.default_matmul_precision("highest"):
+    with matmul_precision("float32"):
         target = weights.load_target(config.target.path, dtype="float32")
         tokenizer = load_tokenizer(config.target.path)
         stops = stop_token_ids(config.target.path)

@@ -18,6 +18,7 @@ from specjax.decoding.generate import Batch, Generation, generate
 from specjax.decoding.loop import DecodeState
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.precision import matmul_precision
 from specjax.models.sharding import SPECS, mesh_scope
 
 STEP_REPEATS = 30
@@ -188,7 +189,7 @@ def _step_costs(
 ) -> dict[str, float]:
     """Seconds of an AR step, of a draft (with the context's keys and values) and of a verify pass."""
     width = _width(drafter.model, settings)
-    with mesh_scope():
+    with mesh_scope(), matmul_precision(target.dtype):
         new = [settings.max_new_tokens] * len(prompts)
         batch = Batch.build(target, prompts, new, [list(settings.stop_token_ids)] * len(prompts), drafter.block_size)
         return {

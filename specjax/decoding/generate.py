@@ -17,6 +17,7 @@ from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.precision import matmul_precision
 from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 
 PROMPT_BUCKET = 64  # prompts are padded to a power of two times this
@@ -68,7 +69,7 @@ def generate(
     _check_limits(target, rows, new_tokens, stops)
     if not rows:
         return Generation([], [], 0.0, 0.0)
-    with mesh_scope():
+    with mesh_scope(), matmul_precision(target.dtype):
         batch = Batch.build(target, rows, new_tokens, stops, drafter.block_size if drafter else 1)
         started = time.perf_counter()
         state = jax.block_until_ready(batch.prefill(target, drafter))

@@ -21,6 +21,7 @@ from specjax.errors import InputError
 from specjax.metadata import run_metadata
 from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
+from specjax.models.precision import matmul_precision
 from specjax.models.sharding import make_mesh
 from specjax.training import flops
 from specjax.training.checkpoints import Checkpoints
@@ -72,7 +73,7 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     """
     run = Path(config.output_dir)
     _on_first_process(lambda: _check_output(run, config, resume))
-    with _mesh(config), _precision(config):
+    with _mesh(config), matmul_precision(compute_dtype(config)):
         task = draft_task(config) if config.kind == "dflash" else causal_lm_task(config)
         data, validation = read_data(config, task.num_anchors)
         total = config.training.steps or data.num_steps
@@ -279,14 +280,6 @@ def _mesh(config: RunConfig) -> Iterator[None]:
             f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: does not divide the {devices} devices here"
         )
     with jax.set_mesh(make_mesh(data, mesh.fsdp, mesh.tensor)):
-        yield
-
-
-@contextlib.contextmanager
-def _precision(config: RunConfig) -> Iterator[None]:
-    # JAX's default multiplies fp32 in bf16 on TPU and in TF32 on recent GPUs.
-    precision = "highest" if compute_dtype(config) == jnp.float32 else "default"
-    with jax.default_matmul_precision(precision):
         yield
 
 
