@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = _decode(args) if args.command == "decode" else _load(args)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report | {"metadata": run_metadata()}, indent=2) + "\n", encoding="utf-8")
+        args.json.write_text(
+            json.dumps({args.command: report, "metadata": run_metadata()}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
@@ -54,10 +56,10 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         models = load_models(args)
         assert models.draft is not None
         data_sets = {
-            Path(pattern).stem: read_prompts(
+            name: read_prompts(
                 [pattern], models.tokenizer, chat_template_kwargs=args.chat_template_kwargs, limit=args.limit
             )
-            for pattern in args.data
+            for name, pattern in _names(args.data).items()
         }
         settings = Settings(args.max_new_tokens, models.stop_token_ids, args.batch_size, args.draft_tokens, args.runs)
         with console.status("decoding") as status:
@@ -67,6 +69,16 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         for name, prompts in data_sets.items():
             report[name]["transformers"] = _compare_hf(args, models, name, prompts, report[name])
     return report
+
+
+def _names(patterns: Sequence[str]) -> dict[str, str]:
+    """Short names of data files: their stems, or whole paths where stems are not unique or taken by the total."""
+    stems = [Path(pattern).stem for pattern in patterns]
+    names = [
+        pattern if stems.count(stem) > 1 or stem == "all" else stem
+        for pattern, stem in zip(patterns, stems, strict=True)
+    ]
+    return dict(zip(names, patterns, strict=True))
 
 
 def _compare_hf(

@@ -42,7 +42,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _initialize(**settings: object) -> None:
     import jax
 
-    jax.distributed.initialize(**settings)  # type: ignore[arg-type]
+    try:
+        jax.distributed.initialize(**settings)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise InputError(
+            f"--distributed: JAX finds no pod or scheduler here ({error}); give --coordinator, --num-processes and "
+            "--process-id"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -50,13 +50,18 @@ def chat_prompt(
     tokenizer: PreTrainedTokenizerBase | None,
     origin: str,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Messages rendered by the chat template up to where the assistant begins, as token ids."""
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{origin}: is text, but the target has no tokenizer with a chat template; give input_ids")
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False, **dict(chat_template_kwargs or {})
+            list(messages),
+            tools=list(tools) or None,
+            add_generation_prompt=True,
+            tokenize=False,
+            **dict(chat_template_kwargs or {}),
         )
     except jinja2.TemplateError as error:
         raise InputError(f"{origin}: the chat template refuses the conversation: {error}") from error
@@ -76,7 +81,7 @@ def _prompt(
     if isinstance(record, Conversation):
         messages = list(record.messages)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-        return chat_prompt(messages[:last], tokenizer, origin, chat_template_kwargs)
+        return chat_prompt(messages[:last], tokenizer, origin, chat_template_kwargs, record.tools)
     supervised = record.loss_mask.nonzero()[0]
     length = int(supervised[0]) if len(supervised) else len(record.input_ids)
     return record.input_ids[:length].tolist()

@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 HostBatch = dict[str, np.ndarray]
 DEVICE_FIELDS = ("input_ids", "loss_mask", "document_ids", "anchors", "anchor_valid")
 SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf", "learning_rate", "grad_norm", "tokens_per_s", "mfu")
-EVALUATION_SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf", "acceptance_length")
+EVALUATION_SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf")
 
 
 @dataclass(frozen=True)

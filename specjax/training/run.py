@@ -71,6 +71,8 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
     Raises:
         InputError: anything wrong with config, target, data or an existing `output_dir`.
     """
+    if "://" in config.output_dir:
+        raise InputError(f"output_dir {config.output_dir}: is a URL; mount the bucket and give its folder")
     run = Path(config.output_dir)
     _on_first_process(lambda: _check_output(run, config, resume))
     with _mesh(config), matmul_precision(compute_dtype(config)):

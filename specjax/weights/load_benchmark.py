@@ -24,7 +24,7 @@ from specjax.weights.hf_config import decoder_config_to_hf
 from specjax.weights.key_tables import TARGET_KEYS
 from specjax.weights.load import CONFIG_FILE, load_target, weights_dtype
 from specjax.weights.module_params import abstract_module, flat_params
-from specjax.weights.safetensors_files import SINGLE_FILE, open_tensors, write_safetensors
+from specjax.weights.safetensors_files import SINGLE_FILE, model_folder, open_tensors, write_safetensors
 
 STATUS = Path("/proc/self/status")
 SAMPLE_SECONDS = 0.001
@@ -54,7 +54,7 @@ def measure_load(folder: str | Path, *, repeats: int = 3) -> dict[str, Any]:
     Warm: `repeats` interleaved pairs, medians. Extra memory is the peak of anonymous memory during a load, less what
     was there before and less the loaded model itself; None where the system does not report it.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     files = sorted(folder.glob("*.safetensors"))
     dtype = weights_dtype(folder)
     largest = max(info.nbytes for info in open_tensors(folder).infos.values())
