@@ -111,6 +111,7 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
     logits = hidden.double().numpy() @ case.head
     sums: Sums = {name: np.zeros(BLOCK) for name in ("correct", "supervised")}
     sums |= {name: np.zeros(()) for name in ("loss_sum", "weight", "prefix", "blocks")}
+    covered: set[tuple[int, int]] = set()
     for row, j in np.argwhere(VALID):
         anchor, matching, prefix = ANCHORS[row, j], True, 1
         for k in range(1, BLOCK):
@@ -121,6 +122,7 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
             weight = math.exp(-(k - 1) / GAMMA)
             sums["loss_sum"] += weight * (np.log(np.exp(scores).sum()) - scores[wanted])
             sums["weight"] += weight
+            covered.add((row, x))
             sums["supervised"][k] += 1
             sums["correct"][k] += scores.argmax() == wanted
             matching = matching and scores.argmax() == wanted
@@ -129,7 +131,7 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
             k = BLOCK
         sums["blocks"] += k > 1
         sums["prefix"] += prefix if k > 1 else 0
-    return sums
+    return sums | {"covered": np.array(len(covered)), "coverable": case.loss_mask.sum()}
 
 
 def assert_close(ours: dict[str, Any], expected: Sums) -> None:
