@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from specjax.data.conversations import Conversation, Message, find_files, parse_record
+from specjax.data.chat_template import RESERVED_KWARGS
+from specjax.data.conversations import RECORD_KEYS, Conversation, Message, find_files, parse_record
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,24 +23,27 @@ def read_prompts(
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     limit: int | None = None,
+    vocab_size: int | None = None,
 ) -> list[list[int]]:
     """The prompts of JSONL files, at most `limit`, as token ids.
 
     A record is a conversation (the prompt is what precedes its last assistant turn), pre-tokenised `input_ids` with
-    `loss_mask` (what precedes the first supervised token), or `{"prompt": text}` (one user turn).
+    `loss_mask` (what precedes the first supervised token), or `{"prompt": text}` (one user turn; beside a
+    conversation, as some data sets have it, `prompt` is left alone).
 
     Raises:
-        InputError: names file and line of what is not such a record; no prompts at all.
+        InputError: names file and line of what is not such a record, of an empty prompt, and of a token id outside
+            `vocab_size`; no prompts at all.
     """
     prompts: list[list[int]] = []
     for path in find_files(patterns):
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if limit is not None and len(prompts) >= limit:
                     return prompts
                 if line.strip():
                     origin = f"file {path}, line {number}"
-                    prompts.append(_prompt(line, origin, tokenizer, chat_template_kwargs or {}))
+                    prompts.append(_prompt(line, origin, tokenizer, chat_template_kwargs or {}, vocab_size))
     if not prompts:
         raise InputError(f"{', '.join(map(str, patterns))}: no prompts; give at least one record")
     return prompts
@@ -55,6 +59,9 @@ def chat_prompt(
     """Messages rendered by the chat template up to where the assistant begins, as token ids."""
     if tokenizer is None or not tokenizer.chat_template:
         raise InputError(f"{origin}: is text, but the target has no tokenizer with a chat template; give input_ids")
+    reserved = sorted(RESERVED_KWARGS & dict(chat_template_kwargs or {}).keys())
+    if reserved:
+        raise InputError(f"chat template kwargs: {', '.join(reserved)} cannot be set; remove it")
     try:
         text = tokenizer.apply_chat_template(
             list(messages),
@@ -63,25 +70,36 @@ def chat_prompt(
             tokenize=False,
             **dict(chat_template_kwargs or {}),
         )
-    except jinja2.TemplateError as error:
+    # What a template raises by itself, and what its expressions raise on fields it did not expect.
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise InputError(f"{origin}: the chat template refuses the conversation: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _prompt(
-    line: str, origin: str, tokenizer: PreTrainedTokenizerBase | None, chat_template_kwargs: Mapping[str, Any]
+    line: bytes,
+    origin: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    chat_template_kwargs: Mapping[str, Any],
+    vocab_size: int | None,
 ) -> list[int]:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
+        fields = json.loads(line.decode("utf-8-sig"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{origin}: is not JSON ({error})") from error
-    if isinstance(fields, dict) and isinstance(fields.get("prompt"), str):
+    if isinstance(fields, dict) and "prompt" in fields and not any(key in fields for key in RECORD_KEYS):
+        if not isinstance(fields["prompt"], str):
+            raise InputError(f"{origin}: field prompt is {fields['prompt']!r}; give a string")
         return chat_prompt([{"role": "user", "content": fields["prompt"]}], tokenizer, origin, chat_template_kwargs)
-    record = parse_record(fields, origin)
+    record = parse_record(fields, origin, vocab_size)
     if isinstance(record, Conversation):
         messages = list(record.messages)
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
+        if not last:
+            raise InputError(f"{origin}: nothing precedes the assistant's turn; give the message that it answers")
         return chat_prompt(messages[:last], tokenizer, origin, chat_template_kwargs, record.tools)
     supervised = record.loss_mask.nonzero()[0]
     length = int(supervised[0]) if len(supervised) else len(record.input_ids)
+    if not length:
+        raise InputError(f"{origin}: no token precedes the first supervised one; give a prompt of at least one token")
     return record.input_ids[:length].tolist()
