@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("runs", "limit", "batch_size"):
         if getattr(args, name, None) is not None and getattr(args, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    if args.json is not None and args.json.is_dir():
+        raise InputError(f"--json {args.json} is a folder; give a file")
+    if args.command == "decode" and args.compare_hf and args.batch_size != 1:
+        raise InputError(f"--compare-hf decodes one prompt at a time; --batch-size is {args.batch_size}, leave it 1")
     report = _decode(args) if args.command == "decode" else _load(args)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +61,11 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         assert models.draft is not None
         data_sets = {
             name: read_prompts(
-                [pattern], models.tokenizer, chat_template_kwargs=args.chat_template_kwargs, limit=args.limit
+                [pattern],
+                models.tokenizer,
+                chat_template_kwargs=args.chat_template_kwargs,
+                limit=args.limit,
+                vocab_size=models.target.config.vocab_size,
             )
             for name, pattern in _names(args.data).items()
         }

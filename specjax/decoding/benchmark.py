@@ -113,10 +113,13 @@ def _report(draft: DFlashDraft, measured: Measurement, settings: Settings, costs
 
 
 def acceptance(generations: Sequence[Generation], draft_tokens: int) -> Report:
-    """Acceptance length, rate and by position (share of rounds that matched at least k drafts, k = 1..)."""
+    """Acceptance length, rate and by position (share of rounds that matched at least k drafts, k = 1..).
+
+    None and no positions where there was no round: every answer ended with the prefill's token.
+    """
     rounds = np.array([r for generation in generations for row in generation.rounds for r in row], np.int64)
     if not rounds.size:
-        return {"rounds": 0, "acceptance_length": float("nan"), "acceptance_rate": float("nan")}
+        return {"rounds": 0, "acceptance_length": None, "acceptance_rate": None, "acceptance_by_position": []}
     matched = rounds - 1
     return {
         "rounds": int(rounds.size),
@@ -199,16 +202,16 @@ def _step_costs(
         }
 
 
-def _predicted(measured: Measurement, costs: dict[str, float]) -> float:
+def _predicted(measured: Measurement, costs: dict[str, float]) -> float | None:
     """The speedup that the steps' costs allow: AR steps * ar_step / (rounds * (draft + verify)).
 
     Steps and rounds are those of the slowest row of each batch; for batch 1 this is acceptance length *
-    ar_step / (draft + verify), up to the cuts of the last rounds.
+    ar_step / (draft + verify), up to the cuts of the last rounds. None where there was no round.
     """
     steps = sum(max(len(tokens) - 1 for tokens in generation.tokens) for generation in measured.plain)
     rounds = sum(max(map(len, generation.rounds)) for generation in measured.drafted)
     round_seconds = rounds * (costs["draft_s"] + costs["verify_s"])
-    return steps * costs["ar_step_s"] / round_seconds if rounds else float("nan")
+    return steps * costs["ar_step_s"] / round_seconds if rounds else None
 
 
 Step = Callable[[Decoder, Drafter, DecodeState], DecodeState]
@@ -273,6 +276,10 @@ def table(reports: Mapping[str, Report]) -> Iterator[tuple[str, ...]]:
         yield name, *(show(report) for report in reports.values())
 
 
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, form) + unit
+
+
 def _with_range(report: Report, name: str) -> str:
     low, high = report[f"{name}_range"]
     return f"{report[name]:.2f}x ({low:.2f} to {high:.2f})"
@@ -281,9 +288,9 @@ def _with_range(report: Report, name: str) -> str:
 _ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ("prompts / new tokens", lambda r: f"{r['prompts']} / {r['tokens']}"),
     ("batch size / block size / drafts", lambda r: f"{r['batch_size']} / {r['block_size']} / {r['draft_tokens']}"),
-    ("acceptance length (tokens a round)", lambda r: f"{r['acceptance_length']:.2f}"),
-    ("acceptance rate", lambda r: f"{r['acceptance_rate']:.3f}"),
-    ("acceptance by position", lambda r: " ".join(f"{x:.2f}" for x in r.get("acceptance_by_position", []))),
+    ("acceptance length (tokens a round)", lambda r: _number(r["acceptance_length"], ".2f")),
+    ("acceptance rate", lambda r: _number(r["acceptance_rate"], ".3f")),
+    ("acceptance by position", lambda r: " ".join(f"{x:.2f}" for x in r["acceptance_by_position"])),
     ("repeated 4-grams", lambda r: f"{r['repeated_4gram_fraction']:.3f}"),
     ("AR tokens/s, decode only", lambda r: f"{r['ar_tokens_per_s']:.0f}"),
     ("speculative tokens/s, decode only", lambda r: f"{r['speculative_tokens_per_s']:.0f}"),
@@ -291,6 +298,6 @@ _ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (
     ("speedup, decode only", lambda r: _with_range(r, "speedup_decode")),
     ("speedup, end to end", lambda r: _with_range(r, "speedup_end_to_end")),
     ("AR step / draft / verify, ms", lambda r: " / ".join(f"{1e3 * r[k]:.2f}" for k in COSTS)),
-    ("speedup these allow", lambda r: f"{r['predicted_speedup_decode']:.2f}x"),
+    ("speedup these allow", lambda r: _number(r["predicted_speedup_decode"], ".2f", "x")),
     ("outputs identical", lambda r: "yes" if r["identical"] else f"NO ({r['different_prompts']} prompts differ)"),
 )

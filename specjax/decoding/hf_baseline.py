@@ -33,6 +33,7 @@ def measure_transformers(
     settings = {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
+        "repetition_penalty": 1.0,  # some folders' generation_config.json has another, and greedy is not greedy then
         "eos_token_id": list(stop_token_ids) or None,
         "pad_token_id": 0,
     }
