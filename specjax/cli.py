@@ -99,7 +99,7 @@ def load_models(args: argparse.Namespace) -> Models:
         else:
             draft, folder = weights.load_draft(args.draft, dtype=dtype), weights.model_folder(args.draft)
         weights.check_draft_matches(draft.config, target_config)
-        template = tokenizer.chat_template if tokenizer is not None else None
+        template = tokenizer.get_chat_template() if tokenizer is not None and tokenizer.chat_template else None
         served = weights.target_fingerprint(
             target, chat_template=template, thinking=json.dumps(args.chat_template_kwargs, sort_keys=True)
         )

@@ -40,7 +40,12 @@ def _prompts(args: argparse.Namespace, models: Models) -> list[list[int]]:
     from specjax.data.prompts import chat_prompt, read_prompts
 
     if args.data:
-        return read_prompts(args.data, models.tokenizer, chat_template_kwargs=args.chat_template_kwargs)
+        return read_prompts(
+            args.data,
+            models.tokenizer,
+            chat_template_kwargs=args.chat_template_kwargs,
+            vocab_size=models.target.config.vocab_size,
+        )
     texts = [sys.stdin.read() if text == "-" else text for text in args.prompt]
     return [
         chat_prompt([{"role": "user", "content": text}], models.tokenizer, f"--prompt {i}", args.chat_template_kwargs)
@@ -53,14 +58,17 @@ def _answers(args: argparse.Namespace, models: Models, prompts: list[list[int]])
 
     for first in range(0, len(prompts), args.batch_size):
         batch = prompts[first : first + args.batch_size]
-        generation = generate(
-            models.target,
-            batch,
-            models.draft,
-            max_new_tokens=args.max_new_tokens,
-            stop_token_ids=models.stop_token_ids,
-            draft_tokens=args.draft_tokens,
-        )
+        try:
+            generation = generate(
+                models.target,
+                batch,
+                models.draft,
+                max_new_tokens=args.max_new_tokens,
+                stop_token_ids=models.stop_token_ids,
+                draft_tokens=args.draft_tokens,
+            )
+        except InputError as error:  # which counts the prompts of its own batch
+            raise InputError(f"counted from prompt {first}: {error}" if first else str(error)) from error
         for prompt, tokens, rounds in zip(batch, generation.tokens, generation.rounds, strict=True):
             answer: dict[str, Any] = {"prompt_tokens": len(prompt), "tokens": tokens, "rounds": rounds}
             if models.tokenizer is not None:

@@ -1,0 +1,192 @@
+"""`python -m specjax.generate`: text in and out, JSON lines, and what a user may get wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+from transformers import AutoTokenizer
+
+from specjax import generate as decode
+from specjax.data.prompts import chat_prompt
+from specjax.generate import main
+from specjax.weights import load_target
+from tests.model_folders import POSITIONS, STOP_TOKEN, save_draft_for, save_target_with_tokenizer, write_jsonl
+
+NEW = 12
+TEXTS = ("How many?", "Tom has 3 apples.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """target/ with a tokenizer, draft/ made for it, bare/: the target without its tokenizer."""
+    folder = tmp_path_factory.mktemp("models")
+    save_draft_for(save_target_with_tokenizer(folder / "target"), folder / "draft")
+    shutil.copytree(folder / "target", folder / "bare", ignore=shutil.ignore_patterns("token*", "chat*"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(folder: Path) -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    return [chat_prompt([{"role": "user", "content": text}], tokenizer, "here") for text in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def answers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
+    target = load_target(folder / "target", dtype=jnp.float32)
+    return [decode(target, [p], max_new_tokens=NEW, stop_token_ids=[STOP_TOKEN]).tokens[0] for p in prompts]
+
+
+def call(folder: Path, *arguments: str, target: str = "target") -> None:
+    main(["--target", str(folder / target), "--max-new-tokens", str(NEW), "--batch-size", "1", *arguments])
+
+
+def user(*texts: str) -> list[str]:
+    return [argument for text in texts for argument in ("--prompt", text)]
+
+
+def test_one_prompt_prints_the_answer_alone(
+    folder: Path, answers: list[list[int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(TEXTS[0]))
+    call(folder, *user("-"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    printed = capsys.readouterr()
+    assert printed.out == tokenizer.decode(answers[0], skip_special_tokens=True) + "\n"
+    assert printed.err == ""
+
+
+def test_several_prompts_are_numbered_and_a_draft_tells_its_rounds(
+    folder: Path, answers: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    call(folder, *user(*TEXTS), "--draft", str(folder / "draft"))
+    texts = AutoTokenizer.from_pretrained(folder / "target").batch_decode(answers, skip_special_tokens=True)
+    printed = capsys.readouterr()
+    assert printed.out == f"[1/2]\n{texts[0]}\n[2/2]\n{texts[1]}\n"
+    lines = printed.err.splitlines()
+    assert len(lines) == 2
+    assert all(f"({NEW} tokens in " in line and "acceptance length" in line for line in lines)
+
+
+def test_json_lines_hold_tokens_rounds_and_text(
+    folder: Path, prompts: list[list[int]], answers: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ids = {"input_ids": [*prompts[1], 5], "loss_mask": [0] * len(prompts[1]) + [1]}
+    data = write_jsonl(tmp_path / "p.jsonl", {"prompt": TEXTS[0]}, ids)
+    call(folder, "--data", str(data), "--draft", str(folder / "draft"), "--jsonl")
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    for line, prompt, answer in zip(lines, prompts, answers, strict=True):
+        assert set(line) == {"prompt_tokens", "tokens", "rounds", "text", "acceptance_length"}
+        assert (line["prompt_tokens"], line["tokens"]) == (len(prompt), answer)
+        assert line["text"] == tokenizer.decode(answer, skip_special_tokens=True)
+        assert line["acceptance_length"] == statistics.mean(line["rounds"])
+    assert printed.err == ""
+
+
+def test_without_a_tokenizer_token_ids_go_in_and_come_out(
+    folder: Path, prompts: list[list[int]], answers: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "p.jsonl", {"input_ids": prompts[0], "loss_mask": [0] * len(prompts[0])})
+    call(folder, "--data", str(data), target="bare")
+    assert capsys.readouterr().out == " ".join(map(str, answers[0])) + "\n"
+    call(folder, "--data", str(data), "--jsonl", target="bare")
+    assert json.loads(capsys.readouterr().out) == {
+        "prompt_tokens": len(prompts[0]),
+        "tokens": answers[0],
+        "rounds": [],
+    }
+
+
+def test_a_draft_of_another_chat_is_used_with_a_warning(
+    folder: Path, answers: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = shutil.copytree(folder / "target", tmp_path / "target")
+    (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + "{# other #}")
+    options = [*user(TEXTS[0]), "--draft", str(folder / "draft"), "--jsonl"]
+    call(tmp_path, *options, "--chat-template-kwargs", '{"thinking": false}')
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["tokens"] == answers[0]
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"warning: {folder / 'draft'}: the draft was trained for another target")
+    assert "chat template differs" in line
+    assert "thinking mode differs" in line
+    assert "weights" not in line
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "no target": ({"target": "nowhere/at/all"}, "error: nowhere/at/all: no such folder"),
+    "text without tokenizer": (
+        {"target": "bare"},
+        "error: --prompt 1: is text, but the target has no tokenizer with a chat template; give input_ids",
+    ),
+    "draft of another size": ({"draft": "wide"}, "hidden_size is 64, the target's hidden_size is 32"),
+    "truncated draft": ({"draft": "cut"}, "model.safetensors: truncated or corrupt"),
+    "draft without weights": ({"draft": "empty"}, "empty: holds no weights"),
+    "a target as draft": ({"draft": "target"}, "is not a DFlash draft"),
+    "a draft as target": ({"target": "draft"}, "error: FOLDER/draft: holds a DFlash draft, not a target"),
+    "draft tokens beyond the block": ({"draft": "draft", "draft-tokens": 4}, "error: draft_tokens is 4"),
+    "draft tokens without a draft": ({"draft-tokens": 2}, "error: draft_tokens is 2, but there is no draft"),
+    "no new tokens": ({"max-new-tokens": 0}, "max_new_tokens is 0; give at least 1"),
+    "no batch": ({"batch-size": 0}, "error: --batch-size is 0"),
+    "too many devices": ({"tensor": 9}, "error: --tensor is 9; there are 8 devices"),
+    "devices that do not divide": ({"tensor": 3}, "error: --tensor 3: tensor 3 does not divide"),
+    "no JSON": ({"chat-template-kwargs": "{thinking}"}, "--chat-template-kwargs: '{thinking}' is not JSON"),
+    "no JSON object": ({"chat-template-kwargs": "[1]"}, "'[1]' is not a JSON object"),
+    "the renderer's own setting": ({"chat-template-kwargs": '{"tools": []}'}, "tools cannot be set"),
+}
+
+
+@pytest.fixture(scope="module")
+def broken(folder: Path) -> Path:
+    """The folder, with drafts that are not right beside the good ones."""
+    save_draft_for(folder / "target", folder / "wide", hidden_size=64)
+    for name in ("cut", "empty"):
+        shutil.copytree(folder / "draft", folder / name)
+    weights = folder / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "empty" / "model.safetensors").unlink()
+    return folder
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named(mistake: str, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes, message = MISTAKES[mistake]
+    options = {"target": "target", "prompt": "hi"} | changes
+    folders = {name: str(broken / options[name]) for name in ("target", "draft") if name in options}
+    if mistake == "no target":
+        folders = {"target": options["target"]}
+    arguments = [part for name, value in (options | folders).items() for part in (f"--{name}", str(value))]
+    assert message.replace("FOLDER", str(broken)) in refused(arguments, capsys)
+
+
+def test_data_is_named_by_file_and_line_before_anything_is_decoded(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "p.jsonl", {"prompt": "hi"}, {"input_ids": [1, 99999], "loss_mask": [0, 0]})
+    error = refused(["--target", str(folder / "target"), "--data", str(data)], capsys)
+    assert f"error: file {data}, line 2: token 1 has id 99999, outside the vocabulary" in error
+
+
+def test_a_prompt_that_is_too_long_is_counted_over_batches(
+    folder: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rows = [{"input_ids": ids, "loss_mask": [0] * len(ids)} for ids in (prompts[0], [5] * POSITIONS)]
+    arguments = ["--target", str(folder / "target"), "--data", str(write_jsonl(tmp_path / "p.jsonl", *rows))]
+    error = refused([*arguments, "--max-new-tokens", str(NEW), "--batch-size", "1"], capsys)
+    assert f"counted from prompt 1: prompt 0: {POSITIONS} tokens and {NEW} new ones exceed" in error
