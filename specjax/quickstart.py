@@ -8,7 +8,9 @@ where the first one stopped.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -67,32 +69,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3, help="timed repetitions")
     args = parser.parse_intermixed_args(argv)
+    if "=" in args.config:
+        args.config, args.overrides = DEFAULT_CONFIG, [args.config, *args.overrides]
     sizes = Sizes(args.train_prompts, args.heldout_prompts, args.max_new_tokens, args.runs)
     for name, value in vars(sizes).items():
         if value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; give at least 1")
     started = time.perf_counter()
-    reports = run(load_config(args.config, args.overrides), sizes)
+    config = load_config(args.config, args.overrides)
+    check(config)
+    reports = run(config, sizes)
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     if not reports["all"]["identical"]:
         raise SystemExit("the outputs with and without the draft differ: this must not happen; please report it")
+
+
+def check(config: RunConfig) -> None:
+    """Raises InputError for what would otherwise fail after minutes: a config of another kind, no means to plot."""
+    if config.kind != "dflash":
+        raise InputError(f"kind is {config.kind}; the quickstart trains a draft: leave it dflash")
+    for name in ("train", "validation"):
+        files = getattr(config.data, name)
+        if len(files) != 1:
+            raise InputError(f"data.{name} names {len(files)} files; the quickstart writes one: name one")
+    if not config.logging.tensorboard:
+        raise InputError("logging.tensorboard is false; the quickstart plots the losses written there: leave it true")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the quickstart's plots need matplotlib; install the extra: pip install 'specjax[plots]'")
 
 
 def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     """Runs every stage and returns the held-out reports, by domain and of "all"."""
     from specjax import weights
     from specjax.models.precision import matmul_precision
-    from specjax.training.run import train
+    from specjax.training.run import draft_config_of, train
+    from specjax.weights.orbax_checkpoint import checkpoint_path
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
+    draft_config_of(config)  # a draft that does not fit is refused before answers are written
     folder = Path(config.output_dir)
     with matmul_precision("float32"):
         target = weights.load_target(config.target.path, dtype="float32")
         tokenizer = load_tokenizer(config.target.path)
         stops = stop_token_ids(config.target.path)
-        heldout = embedded_prompts(tokenizer, "heldout", 2 * (sizes.heldout_prompts + VALIDATION_PROMPTS))
+        heldout = embedded_prompts(tokenizer, "heldout", 2 * sizes.heldout_prompts + VALIDATION_PROMPTS)
         answer_files(config, sizes, target, tokenizer, stops, heldout)
         train(config, resume=True)
+        if config.training.steps is not None:
+            checkpoint_path(folder, config.training.steps)  # refuses a run that a signal stopped early
         exported = folder / "draft"
         draft = weights.load_run_draft(folder, "best")
         weights.save_draft(draft, exported, fingerprint=weights.read_fingerprint(folder))
@@ -122,7 +146,10 @@ def embedded_prompts(tokenizer: Any, split: Any, count: int) -> Prompts:
 def answer_files(
     config: RunConfig, sizes: Sizes, target: Decoder, tokenizer: Any, stops: tuple[int, ...], heldout: Prompts
 ) -> None:
-    """Writes the target's answers to training and validation prompts, unless an earlier call already did."""
+    """Writes the target's answers to training and validation prompts, unless an earlier call already did.
+
+    Validation prompts are held-out ones of both domains, beyond those that the draft is measured on.
+    """
     from specjax import weights
 
     train_file, validation_file = Path(config.data.train[0]), Path(config.data.validation[0])
@@ -130,17 +157,26 @@ def answer_files(
     wanted = {
         "target": weights.target_fingerprint(target).embedding,
         "train_prompts": sizes.train_prompts,
+        "heldout_prompts": sizes.heldout_prompts,  # the validation prompts are those that follow
         "max_new_tokens": sizes.max_new_tokens,
     }
     if recipe.exists():
         if json.loads(recipe.read_text(encoding="utf-8")) != wanted:
-            raise InputError(f"{recipe}: answers of other settings or another target; delete {config.output_dir}")
+            raise InputError(
+                f"{recipe}: answers of other settings or another target; delete {recipe.parent} and {config.output_dir}"
+            )
         return
-    train_file.parent.mkdir(parents=True, exist_ok=True)
-    validation = [p for prompts in heldout.values() for p in prompts[sizes.heldout_prompts :]][:VALIDATION_PROMPTS]
+    for path in (train_file, validation_file):
+        if path.exists():
+            raise InputError(f"{path}: is there, but {recipe} is not; move it, or name another file to be written")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    validation = [p for prompts in heldout.values() for p in prompts[sizes.heldout_prompts :]]
     training = [p for prompts in embedded_prompts(tokenizer, "train", sizes.train_prompts).values() for p in prompts]
+    parts = {path: path.with_name(f"{path.name}.partial") for path in (validation_file, train_file)}
     for path, prompts in ((validation_file, validation), (train_file, training)):
-        write_answers(path, target, prompts, stops, sizes.max_new_tokens)
+        write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)
+    for path, part in parts.items():
+        os.replace(part, path)
     recipe.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
@@ -155,7 +191,7 @@ def write_answers(
     ordered = sorted(prompts, key=len)
     batches = [ordered[i : i + ANSWER_BATCH] for i in range(0, len(ordered), ANSWER_BATCH)]
     with path.open("w", encoding="utf-8") as file:
-        for batch in track(batches, description=f"answers for {path.name}"):
+        for batch in track(batches, description=f"answers for {path.stem}"):
             for prompt, answer in zip(batch, generate(target, batch, None, max_new_tokens, stops).tokens, strict=True):
                 mask = [0] * len(prompt) + [1] * len(answer)
                 file.write(json.dumps({"input_ids": prompt + answer, "loss_mask": mask}) + "\n")
