@@ -79,6 +79,7 @@ class DataConfig(Section):
     train: tuple[str, ...] = Field(min_length=1, description="JSONL files or globs of conversations or token ids")
     validation: tuple[str, ...] = Field((), description="JSONL files or globs, held out")
     max_length: int = Field(3072, ge=2, description="tokens a row; longer conversations are cut")
+    taps: str | None = Field(None, description="folder of python -m specjax.capture: train without running the target")
     packing: bool = Field(False, description="fill rows with several conversations; they never see each other")
     num_anchors: int = Field(512, ge=1, description="training blocks a row of max_length tokens")
     chat_template_kwargs: dict[str, Any] = Field(
@@ -103,9 +104,10 @@ class LossConfig(Section):
 
 
 class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for hidden matrices, with Adam for the rest")
     learning_rate: float = Field(6e-4, gt=0, description="at its peak, after warm-up")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of the running moments of AdamW")
-    eps: float = Field(1e-8, gt=0, description="added to the root of AdamW's second moment")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of Adam's running moments")
+    eps: float = Field(1e-8, gt=0, description="added to the root of Adam's second moment")
     weight_decay: float = Field(0.0, ge=0, description="on matrices only")
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="after warm-up: cosine decay, or constant and then linear decay"
@@ -202,6 +204,7 @@ class RunConfig(Section):
         if self.kind == "causal_lm":
             given = sorted({"draft", "loss"} & self.model_fields_set)
             given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
+            given += ["data.taps"] if self.data.taps is not None else []
             if given:
                 raise ValueError(f"kind causal_lm trains no draft and ignores {', '.join(given)}; drop it")
         elif self.target.init == "random":

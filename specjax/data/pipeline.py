@@ -8,7 +8,7 @@ A row holds one sample, or several if packed: documents that never see each othe
 A batch maps names to arrays, b = batch_size / process_count rows, S = max_length, N = num_anchors:
 `input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1, 2, ... on the tokens of a row's
 first, second, ... sample, 0 on padding) and, unless num_anchors is None, `anchors` int32 [b, N] and `anchor_valid`
-bool [b, N].
+bool [b, N]; with a `TapCache` also `taps` [b, S, m] in the cache's dtype, 0 on padding.
 """
 
 import functools
@@ -25,6 +25,7 @@ from specjax.blockdiff.anchors import draw_anchors
 from specjax.data.chat_template import ChatTokenizer
 from specjax.data.conversations import Conversation, JsonlRecords, Record, check_token_ids
 from specjax.data.packing import RowPlan, one_sample_a_row, pack
+from specjax.data.taps import TapCache
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class TrainingData:
 
     `batch_size` counts the rows of all processes. `num_anchors` None leaves anchors out (causal-LM training).
     `packing` puts several samples into a row, for which the length of every sample is found first: at once for JSONL
-    lines that begin with `input_ids`, by tokenising for conversations.
+    lines that begin with `input_ids`, by tokenising for conversations. `taps` adds the target's cached hidden states.
     Raises InputError for an empty source, a batch that the processes cannot share, a negative seed, and if none of the
     first 256 rows holds anything to train on; errors of the samples in them also surface here.
     """
@@ -125,6 +126,7 @@ class TrainingData:
         seed: int,
         epochs: float | None,
         packing: bool = False,
+        taps: TapCache | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -132,8 +134,8 @@ class TrainingData:
         local_size = _local_size(batch_size, process_index, process_count)
         if epochs is not None and epochs <= 0:
             raise InputError(f"epochs is {epochs}; give a positive number, or none for an endless stream")
-        plan = pack(_lengths(source), max_length, seed=seed) if packing else one_sample_a_row(len(source))
-        rows = _rows(source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed)
+        plan = pack(sample_lengths(source), max_length, seed=seed) if packing else one_sample_a_row(len(source))
+        rows = _rows(source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed, taps=taps)
         _check_supervision(rows, min(len(plan), CHECKED_ROWS))
         self.steps_per_epoch = math.ceil(len(plan) / batch_size)
         # The stream has no seam between epochs, so the last step borrows its missing rows from the next epoch.
@@ -191,7 +193,7 @@ def _check_arguments(source: Examples, *, max_length: int, seed: int) -> None:
         raise InputError(f"max_length is {max_length}; give at least 2 (a token is predicted from one before it)")
 
 
-def _lengths(source: Examples) -> np.ndarray:
+def sample_lengths(source: Examples) -> np.ndarray:
     """Tokens of every sample, int64 [samples]; those that no index knows are read, in threads."""
     known = source.token_counts if isinstance(source, TokenizedExamples) else None
     lengths = np.full(len(source), -1) if known is None else known.copy()
@@ -206,16 +208,31 @@ def _lengths(source: Examples) -> np.ndarray:
     return lengths
 
 
-def _rows(source: Examples, plan: RowPlan, *, max_length: int, num_anchors: int | None, seed: int) -> grain.MapDataset:
+def _rows(
+    source: Examples,
+    plan: RowPlan,
+    *,
+    max_length: int,
+    num_anchors: int | None,
+    seed: int,
+    taps: TapCache | None = None,
+) -> grain.MapDataset:
     """The endless stream of rows in global order: row i is a pure function of (seed, i)."""
     # The shuffle keys on (seed, epoch) and so reorders each epoch of the repeated stream.
     order = grain.MapDataset.range(len(plan)).seed(seed).shuffle().repeat(ENDLESS_EPOCHS)
-    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed)
+    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed, taps)
     return order.map_with_index(build)
 
 
 def _build_row(
-    source: Examples, plan: RowPlan, max_length: int, num_anchors: int | None, seed: int, position: int, row_id: int
+    source: Examples,
+    plan: RowPlan,
+    max_length: int,
+    num_anchors: int | None,
+    seed: int,
+    taps: TapCache | None,
+    position: int,
+    row_id: int,
 ) -> Batch:
     """The row at `position` of the stream, the plan's `row_id`: samples truncated, padding, anchors drawn."""
     row = _empty_row(max_length, num_anchors)
@@ -233,6 +250,9 @@ def _build_row(
         row["input_ids"][start:stop] = input_ids[:length]
         row["loss_mask"][start:stop] = loss_mask[:length]
         row["document_ids"][start:stop] = document
+        if taps is not None:
+            states = taps.read(sample_id, input_ids)[:length]
+            row.setdefault("taps", np.zeros((max_length, states.shape[1]), states.dtype))[start:stop] = states
         start = stop
     if num_anchors is not None:
         row["anchors"], row["anchor_valid"] = draw_anchors(

@@ -27,8 +27,8 @@ PEAK_TFLOPS = {
 }
 
 DFLASH_FORMULA = (
-    "2*N_target*T + 4*pairs_target (forward only) + 6*N_layers*N*B + 6*(fc + context k/v)*S + 4*V*H*rows "
-    "(frozen head) + 12*pairs_draft*heads*head_dim; recompute excluded"
+    "2*N_target*T + 4*pairs_target (forward only; 0 with data.taps) + 6*N_layers*N*B + 6*(fc + context k/v)*S + "
+    "4*V*H*rows (frozen head) + 12*pairs_draft*heads*head_dim; recompute excluded"
 )
 CAUSAL_LM_FORMULA = "6*N*T + 12*pairs*heads*head_dim; recompute excluded"
 
@@ -48,13 +48,16 @@ def layer_parameters(block: BlockConfig) -> int:
     return attention + 3 * block.hidden_size * block.intermediate_size
 
 
-def dflash_step_flops(target: DecoderConfig, draft: DFlashConfig, shape: StepShape) -> float:
+def dflash_step_flops(
+    target: DecoderConfig, draft: DFlashConfig, shape: StepShape, *, runs_target: bool = True
+) -> float:
     """FLOPs of one step by `DFLASH_FORMULA`; anchors count as uniform, so a block sees S / 2 context keys on average.
 
-    The target runs up to its last tapped layer: what lies behind it is not computed for data labels.
+    The target runs up to its last tapped layer: what lies behind it is not computed for data labels. It does not run
+    on captured taps (`runs_target` False).
     """
     rows, length = shape.batch_size, shape.max_length
-    layers = max(draft.target_layer_ids) + 1
+    layers = max(draft.target_layer_ids) + 1 if runs_target else 0
     target_matrices = 2.0 * layers * layer_parameters(target.block) * rows * length
     target_attention = 4.0 * layers * rows * length**2 / 2 * target.num_attention_heads * target.head_dim
     slots = rows * shape.num_anchors * draft.block_size

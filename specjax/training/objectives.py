@@ -31,9 +31,10 @@ class BlockDiffusionLoss:
     remat: bool
 
     def __call__(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[jax.Array, LossSums]:
-        """Cross-entropy with the data's tokens: (sum of weighted losses, sums)."""
+        """Cross-entropy with the data's tokens: (sum of weighted losses, sums). The batch's `taps` spare the target."""
         noise_ids, labels = self.blocks(draft, batch)
-        sums = self._sums(draft, target, batch, self.run_target(draft, target, batch), noise_ids, labels)
+        taps = batch["taps"] if "taps" in batch else self.run_target(draft, target, batch).taps
+        sums = self._sums(draft, target, batch, taps, noise_ids, labels)
         covered = covered_tokens(self.slots(draft, batch), batch["anchors"], batch["loss_mask"].shape[1])
         counts = {"covered": covered.sum(dtype=jnp.float32), "coverable": batch["loss_mask"].sum(dtype=jnp.float32)}
         return sums.loss_sum, LossSums(sums.weight_sum, statistics(sums) | counts)
@@ -43,7 +44,7 @@ class BlockDiffusionLoss:
         noise_ids, _ = self.blocks(draft, batch)
         output = self.run_target(draft, target, batch)
         labels = greedy_labels(target, output.hidden, batch["anchors"], draft.config.block_size, self.chunk_blocks)
-        return self._sums(draft, target, batch, output, noise_ids, labels)
+        return self._sums(draft, target, batch, output.taps, noise_ids, labels)
 
     def blocks(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array, jax.Array]:
         config = draft.config
@@ -73,14 +74,14 @@ class BlockDiffusionLoss:
         draft: DFlashDraft,
         target: Decoder,
         batch: Batch,
-        output: DecoderOutput,
+        taps: jax.Array | None,
         noise_ids: jax.Array,
         labels: jax.Array,
     ) -> BlockLoss:
         documents, anchors = batch["document_ids"], batch["anchors"]
-        assert output.taps is not None
+        assert taps is not None
         positions = jnp.arange(documents.shape[1], dtype=jnp.int32) - document_starts(documents)
-        context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(output.taps)), positions)
+        context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(taps)), positions)
         start, stop = context_ranges(documents, anchors)
         noise = target.embed(noise_ids)
         hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)

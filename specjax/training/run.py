@@ -16,7 +16,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from specjax.config import RunConfig, dump_config, load_config
-from specjax.data.pipeline import TrainingData, fixed_batches, read_examples
+from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
+from specjax.data.taps import TapCache, TapRecipe
 from specjax.errors import InputError
 from specjax.metadata import run_metadata
 from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
@@ -75,9 +76,9 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         raise InputError(f"output_dir {config.output_dir}: is a URL; mount the bucket and give its folder")
     run = Path(config.output_dir)
     _on_first_process(lambda: _check_output(run, config, resume))
-    with _mesh(config), matmul_precision(compute_dtype(config)):
+    with mesh_of(config), matmul_precision(compute_dtype(config)):
         task = draft_task(config) if config.kind == "dflash" else causal_lm_task(config)
-        data, validation = read_data(config, task.num_anchors)
+        data, validation = read_data(config, task)
         total = config.training.steps or data.num_steps
         assert total is not None
         _on_first_process(lambda: _write_files(run, config, task))
@@ -157,7 +158,9 @@ def draft_task(config: RunConfig) -> Task:
         loss=loss,
         frozen=target,
         evaluator=lambda batches: draft_evaluator(loss, target, batches),
-        flops_per_step=flops.dflash_step_flops(target.config, draft_config, _shape(config)),
+        flops_per_step=flops.dflash_step_flops(
+            target.config, draft_config, _shape(config), runs_target=config.data.taps is None
+        ),
         flops_formula=flops.DFLASH_FORMULA,
         num_anchors=config.data.num_anchors,
         files={RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config), "specjax.json": fingerprint.to_json()},
@@ -220,50 +223,71 @@ def _shape(config: RunConfig) -> flops.StepShape:
     return flops.StepShape(config.training.batch_size, config.data.max_length, config.data.num_anchors)
 
 
-def read_data(config: RunConfig, num_anchors: int | None) -> tuple[TrainingData, list[Any]]:
+def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
     """This process's share of the training batches, and of the evaluation batches (none without data.validation)."""
-    target = read_target_config(config.target.path)
-    batch_axes = jax.sharding.get_mesh().shape
-    rows = batch_axes["data"] * batch_axes["fsdp"] * config.training.accumulation_steps
-    if config.training.batch_size % rows:
-        raise InputError(
-            f"training.batch_size is {config.training.batch_size}: not a multiple of {rows} "
-            "(mesh data * fsdp * training.accumulation_steps)"
-        )
-
-    def examples(patterns: tuple[str, ...]) -> Any:
-        return read_examples(
-            patterns,
-            load_tokenizer(config.target.path),
-            chat_template_kwargs=config.data.chat_template_kwargs,
-            stop_token_ids=stop_token_ids(config.target.path),
-            vocab_size=target.vocab_size,
-        )
-
+    check_batch_size(config)
+    examples = examples_of(config, config.data.train)
+    taps = None
+    if config.data.taps is not None:
+        taps = TapCache(config.data.taps, tap_recipe(config, task.frozen, len(examples)))
     share, shares = data_share()
     data = TrainingData(
-        examples(config.data.train),
+        examples,
         batch_size=config.training.batch_size,
         max_length=config.data.max_length,
-        num_anchors=num_anchors,
+        num_anchors=task.num_anchors,
         seed=config.seed,
         epochs=None if config.training.steps else config.training.epochs,
         packing=config.data.packing,
+        taps=taps,
         process_index=share,
         process_count=shares,
     )
     if not config.data.validation:
         return data, []
     validation = fixed_batches(
-        examples(config.data.validation),
+        examples_of(config, config.data.validation),
         config.evaluation.samples,
         batch_size=config.training.batch_size // config.training.accumulation_steps,
         max_length=config.data.max_length,
-        num_anchors=num_anchors,
+        num_anchors=task.num_anchors,
         process_index=share,
         process_count=shares,
     )
     return data, validation
+
+
+def check_batch_size(config: RunConfig) -> None:
+    """Raises InputError unless the mesh in force and the micro-batches share a batch evenly."""
+    axes = jax.sharding.get_mesh().shape
+    rows = axes["data"] * axes["fsdp"] * config.training.accumulation_steps
+    if config.training.batch_size % rows:
+        raise InputError(
+            f"training.batch_size is {config.training.batch_size}: not a multiple of {rows} "
+            "(mesh data * fsdp * training.accumulation_steps)"
+        )
+
+
+def examples_of(config: RunConfig, patterns: tuple[str, ...]) -> TokenizedExamples:
+    """The examples of JSONL files, tokenised as the config says."""
+    return read_examples(
+        patterns,
+        load_tokenizer(config.target.path),
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        stop_token_ids=stop_token_ids(config.target.path),
+        vocab_size=read_target_config(config.target.path).vocab_size,
+    )
+
+
+def tap_recipe(config: RunConfig, target: Decoder, examples: int) -> TapRecipe:
+    """What the taps of the config's `examples` training examples are made of."""
+    return TapRecipe(
+        target=target_fingerprint(target).embedding,
+        target_layer_ids=draft_config_of(config).target_layer_ids,
+        dtype=jnp.dtype(target.dtype).name,
+        max_length=config.data.max_length,
+        examples=examples,
+    )
 
 
 def compute_dtype(config: RunConfig) -> Any:
@@ -274,7 +298,8 @@ def compute_dtype(config: RunConfig) -> Any:
 
 
 @contextlib.contextmanager
-def _mesh(config: RunConfig) -> Iterator[None]:
+def mesh_of(config: RunConfig) -> Iterator[None]:
+    """The config's mesh over all devices, in force."""
     mesh, devices = config.mesh, jax.device_count()
     data = mesh.data if mesh.data > 0 else devices // (mesh.fsdp * mesh.tensor)
     if data * mesh.fsdp * mesh.tensor != devices:

@@ -119,5 +119,7 @@ def test_flops_of_a_step_by_hand() -> None:
         "draft attention, 4 context keys and 4 own ones": 12 * 2 * (slots * (4 + 4)) * 20,
     }
     assert dflash_step_flops(target, draft, StepShape(2, 8, 3)) == sum(parts.values())
+    captured = sum(value for name, value in parts.items() if not name.startswith("target"))
+    assert dflash_step_flops(target, draft, StepShape(2, 8, 3), runs_target=False) == captured
     expected = 6 * (6 * layer + 1000 * 10) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20
     assert causal_lm_step_flops(target, StepShape(2, 8, 3)) == expected

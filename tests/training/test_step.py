@@ -41,7 +41,7 @@ def trainer(raw: dict[str, Any], steps: int = 1, **changes: Any) -> Trainer:
     """What a run of `raw` trains with, on the mesh in force."""
     config = parsed(edited(raw, {name.replace("__", "."): value for name, value in changes.items()}))
     task = draft_task(config)
-    data, _ = read_data(config, task.num_anchors)
+    data, _ = read_data(config, task)
     schedule = learning_rate_schedule(config.optimizer, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
     batches = [to_device(data.batch(i), config.training.accumulation_steps) for i in range(steps)]
@@ -132,6 +132,19 @@ def test_ten_steps_give_the_same_losses_on_every_mesh(
             one_device_losses["losses"] = losses()
     with jax.set_mesh(make_mesh(*shape)):
         np.testing.assert_allclose(losses(), one_device_losses["losses"], rtol=1e-5)
+
+
+def test_muon_gives_the_same_losses_on_a_mesh(raw: dict[str, Any]) -> None:
+    settings = {"optimizer__name": "muon", "optimizer__learning_rate": 6e-4}
+    losses = []
+    for shape in ((1, 1, 1), (2, 2, 2)):
+        with jax.set_mesh(make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])):
+            given = trainer(raw, 3, **settings)
+            before = jax.tree.map(lambda x: jax.typeof(x).sharding, given.state)
+            state, metrics = run(given)
+            assert jax.tree.map(lambda x: jax.typeof(x).sharding, state) == before
+        losses.append([m["loss_sum"] / m["weight"] for m in metrics])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_a_step_compiles_once_and_takes_nothing_from_the_host(raw: dict[str, Any]) -> None:

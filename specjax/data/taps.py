@@ -1,0 +1,164 @@
+"""A cache of the target's hidden states (taps) for a data set, so that training needs no forward pass of the target.
+
+    cache.json               what was captured (`TapRecipe`) and how many shards belong to it
+    taps-00000.safetensors   taps [tokens, m] of some examples, one after another; `example` int64 [n], their indices in
+                             the data set; `first` int64 [n + 1], where each begins; `tokens_crc`, `taps_crc` uint32
+                             [n] as int64, CRC-32 of their token ids (int32) and of their taps
+
+A token takes m * itemsize bytes, m = taps * hidden size: 40 KiB for five taps of Qwen3-8B in bfloat16. Shards are
+written whole or not at all, so an interrupted capture goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from specjax.errors import InputError
+
+CACHE_FILE = "cache.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TapRecipe:
+    """What decides the cache's contents; a run that differs in any of it is refused.
+
+    target: fingerprint of the target's embedding. max_length: tokens of an example that are kept.
+    """
+
+    target: str
+    target_layer_ids: tuple[int, ...]
+    dtype: str
+    max_length: int
+    examples: int
+
+    def to_json(self, shards: int) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, "shards": shards, **asdict(self)}
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"taps-{shard:05d}.safetensors"
+
+
+def start_cache(folder: Path, recipe: TapRecipe, shards: int) -> list[int]:
+    """Makes `folder` a cache of `recipe` and returns the shards that are still missing.
+
+    Raises:
+        InputError: the folder holds a cache of something else.
+    """
+    path = folder / CACHE_FILE
+    wanted = json.loads(json.dumps(recipe.to_json(shards)))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = sorted(name for name in wanted if found.get(name) != wanted[name])
+        if differing:
+            raise InputError(f"{path}: holds a cache that differs in {', '.join(differing)}; choose another folder")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    return [shard for shard in range(shards) if not shard_path(folder, shard).exists()]
+
+
+def write_shard(
+    folder: Path, shard: int, examples: Sequence[int], tokens: Sequence[np.ndarray], taps: Sequence[np.ndarray]
+) -> None:
+    """Writes the taps [t, m] of `examples` with tokens [t]; the file appears complete or not at all."""
+    first = np.cumsum([0, *map(len, tokens)])
+    arrays = {
+        "taps": np.concatenate(taps),
+        "example": np.asarray(examples, np.int64),
+        "first": first.astype(np.int64),
+        "tokens_crc": np.array([_crc(x.astype(np.int32)) for x in tokens], np.int64),
+        "taps_crc": np.array([_crc(x) for x in taps], np.int64),
+    }
+    path = shard_path(folder, shard)
+    partial = path.with_name(path.name + ".partial")
+    save_file(arrays, partial)
+    os.replace(partial, path)
+
+
+class TapCache:
+    """Random access to the captured taps; safe to read from several threads.
+
+    Raises InputError where the cache is incomplete or damaged or was made with another recipe.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], wanted: TapRecipe) -> None:
+        self.folder = Path(folder)
+        path = self.folder / CACHE_FILE
+        if not path.exists():
+            raise InputError(f"data.taps {self.folder}: no {CACHE_FILE}; write it with python -m specjax.capture")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        self._check_recipe(path, found, wanted)
+        self.max_length: int = found["max_length"]
+        self._where = np.full((wanted.examples, 5), -1, np.int64)  # shard, first, stop, tokens_crc, taps_crc
+        self._files: list[Any] = []
+        for shard in range(found["shards"]):
+            self._open(shard)
+        missing = int((self._where[:, 0] < 0).sum())
+        if missing:
+            raise InputError(f"{self.folder}: {missing} examples have no taps; run python -m specjax.capture again")
+
+    def _check_recipe(self, path: Path, found: dict[str, Any], wanted: TapRecipe) -> None:
+        expected = json.loads(json.dumps(wanted.to_json(found.get("shards", 0))))
+        missing = [name for name in expected if name not in found]
+        if missing:
+            raise InputError(f"{path}: lacks {', '.join(missing)}; capture the taps again into another folder")
+        differing = [
+            f"{field.name} is {found[field.name]}, the run has {expected[field.name]}"
+            for field in fields(wanted)
+            if field.name != "max_length" and found[field.name] != expected[field.name]
+        ]
+        if found["max_length"] < wanted.max_length:
+            differing.append(f"max_length is {found['max_length']}, the run has {wanted.max_length}")
+        if differing:
+            raise InputError(f"{path}: was captured for another run: {'; '.join(differing)}")
+
+    def _open(self, shard: int) -> None:
+        path = shard_path(self.folder, shard)
+        if not path.exists():
+            raise InputError(f"{path}: is missing; finish the cache with python -m specjax.capture")
+        try:
+            file = safe_open(path, framework="numpy")
+            file.__enter__()
+            example, first, tokens_crc, taps_crc = (
+                file.get_tensor(name) for name in ("example", "first", "tokens_crc", "taps_crc")
+            )
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path}: truncated or corrupt ({error}); delete it and capture again") from error
+        self._files.append(file)
+        columns = np.full(len(example), shard), first[:-1], first[1:], tokens_crc, taps_crc
+        self._where[example] = np.stack(columns, axis=1)
+
+    def read(self, example: int, input_ids: np.ndarray) -> np.ndarray:
+        """The taps [t, m] of the leading `input_ids` [t] of an example.
+
+        Raises:
+            InputError: the example's tokens are not those that were captured, or its taps were damaged since.
+        """
+        shard, first, stop, tokens_crc, taps_crc = self._where[example].tolist()
+        taps: np.ndarray = self._files[shard].get_slice("taps")[first:stop]
+        if _crc(taps) != taps_crc:
+            path = shard_path(self.folder, shard)
+            raise InputError(f"{path}: the taps of example {example} are damaged; delete the file and capture again")
+        captured = input_ids[: self.max_length]
+        if len(captured) != len(taps) or _crc(captured.astype(np.int32)) != tokens_crc:
+            raise InputError(
+                f"{self.folder}: example {example} has other tokens than when its taps were captured; capture the "
+                "changed data into another folder"
+            )
+        return taps
+
+
+def _crc(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data)

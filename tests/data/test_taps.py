@@ -1,0 +1,99 @@
+"""The cache of taps: what was written comes back, and nothing else ever does."""
+
+import dataclasses
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from specjax.data.taps import TapCache, TapRecipe, shard_path, start_cache, write_shard
+from specjax.errors import InputError
+
+RECIPE = TapRecipe(target="abc", target_layer_ids=(1, 3), dtype="bfloat16", max_length=6, examples=3)
+LENGTHS = (4, 9, 2)  # the second is cut to max_length
+TOKENS = [np.arange(100 * i, 100 * i + n) for i, n in enumerate(LENGTHS)]
+TAPS = [np.random.default_rng(i).normal(size=(min(n, 6), 10)).astype(ml_dtypes.bfloat16) for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Examples 2 and 0 in the first shard, 1 in the second."""
+    out = tmp_path / "taps"
+    assert start_cache(out, RECIPE, 2) == [0, 1]
+    write_shard(out, 0, [2, 0], [TOKENS[2], TOKENS[0]], [TAPS[2], TAPS[0]])
+    assert start_cache(out, RECIPE, 2) == [1]
+    write_shard(out, 1, [1], [TOKENS[1][:6]], [TAPS[1]])
+    assert start_cache(out, RECIPE, 2) == []
+    return out
+
+
+def test_every_example_comes_back_as_it_was(folder):
+    cache = TapCache(folder, RECIPE)
+    for i, (tokens, taps) in enumerate(zip(TOKENS, TAPS, strict=True)):
+        found = cache.read(i, tokens)
+        assert found.dtype == taps.dtype
+        np.testing.assert_array_equal(found, taps)
+
+
+def test_shorter_rows_than_captured_are_fine_and_longer_ones_are_not(folder):
+    TapCache(folder, dataclasses.replace(RECIPE, max_length=4))
+    with pytest.raises(InputError, match="max_length is 6, the run has 7"):
+        TapCache(folder, dataclasses.replace(RECIPE, max_length=7))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "other"}, "target is abc, the run has other"),
+        ({"target_layer_ids": (1, 2)}, r"target_layer_ids is \[1, 3\], the run has \[1, 2\]"),
+        ({"dtype": "float32"}, "dtype is bfloat16, the run has float32"),
+        ({"examples": 4}, "examples is 3, the run has 4"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(folder, change, message):
+    other = dataclasses.replace(RECIPE, **change)
+    with pytest.raises(InputError, match=message):
+        TapCache(folder, other)
+    with pytest.raises(InputError, match=f"differs in {next(iter(change))}; choose another folder"):
+        start_cache(folder, other, 2)
+
+
+def test_changed_tokens_are_refused(folder):
+    cache = TapCache(folder, RECIPE)
+    with pytest.raises(InputError, match="example 0 has other tokens than when its taps were captured"):
+        cache.read(0, TOKENS[0] + 1)
+    with pytest.raises(InputError, match="example 0 has other tokens"):
+        cache.read(0, TOKENS[0][:3])
+
+
+def test_a_flipped_bit_is_found(folder):
+    path = shard_path(folder, 1)
+    data = bytearray(path.read_bytes())
+    at = data.index(TAPS[1].tobytes())
+    data[at + 7] ^= 1
+    path.write_bytes(data)
+    cache = TapCache(folder, RECIPE)
+    with pytest.raises(InputError, match=r"taps-00001\.safetensors: the taps of example 1 are damaged"):
+        cache.read(1, TOKENS[1])
+    cache.read(0, TOKENS[0])
+
+
+def test_incomplete_caches_are_refused(folder, tmp_path):
+    with pytest.raises(InputError, match=r"no cache.json; write it with python -m specjax.capture"):
+        TapCache(tmp_path / "nothing", RECIPE)
+    path = shard_path(folder, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"taps-00001\.safetensors: truncated or corrupt"):
+        TapCache(folder, RECIPE)
+    path.unlink()
+    with pytest.raises(InputError, match=r"taps-00001\.safetensors: is missing; finish the cache"):
+        TapCache(folder, RECIPE)
+    index = folder / "cache.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"shards": 1}))
+    with pytest.raises(InputError, match="1 examples have no taps"):
+        TapCache(folder, RECIPE)
+    index.write_text("{}")
+    with pytest.raises(InputError, match=r"cache.json: lacks .*target"):
+        TapCache(folder, RECIPE)

@@ -1,0 +1,102 @@
+"""Training on captured taps is training on the target, and an interrupted capture goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import specjax.training.capture as capture_module
+from specjax.capture import main
+from specjax.data.taps import shard_path
+from specjax.models.decoder import Decoder
+from tests.training.tiny import edited, scalars, train, write_config, write_rows
+
+PACKED = {"data.packing": True, "draft.num_layers": 2}
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capture_module, "SHARD_BYTES", 5 * 24 * 256)  # five rows of 24 tokens
+
+
+def captured(raw: dict[str, Any], out: Path) -> Path:
+    main([str(write_config(raw)), str(out)])
+    return out
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_online_and_captured_runs_have_the_same_losses(raw: dict[str, Any], tmp_path: Path) -> None:
+    online = edited(raw, PACKED)
+    taps = captured(online, tmp_path / "taps")
+    assert shard_path(taps, 1).exists()
+    offline = edited(online, {"data.taps": str(taps), "output_dir": str(tmp_path / "offline")})
+    ours, theirs = (scalars(train(config)) for config in (offline, online))
+    for tag in ("train/loss", "train/grad_norm", "eval/loss", "eval/acceptance_length_tf"):
+        assert list(ours[tag]) == list(theirs[tag])
+        np.testing.assert_allclose(list(ours[tag].values()), list(theirs[tag].values()), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_an_interrupted_capture_goes_on_and_gives_the_same_bytes(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = captured(raw, tmp_path / "whole")
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(names) > 3
+    write, written = capture_module.write_shard, []
+
+    def fail_at_the_third(folder: Path, shard: int, *arrays: Any) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(folder, shard, *arrays)
+
+    monkeypatch.setattr(capture_module, "write_shard", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        captured(raw, tmp_path / "parts")
+    monkeypatch.setattr(capture_module, "write_shard", lambda *a: (written.append(a[1]), write(*a)))
+    parts = captured(raw, tmp_path / "parts")
+    assert written == sorted(set(written))
+    assert sorted(path.name for path in parts.iterdir()) == names
+    for name in names:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_the_target_does_not_run_when_its_taps_are_there(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = edited(raw, {"data.validation": None, "evaluation": None})
+    taps = captured(raw, tmp_path / "taps")
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the target ran")
+
+    monkeypatch.setattr(Decoder, "__call__", refuse)
+    train(edited(raw, {"data.taps": str(taps), "training.steps": 1}))
+    with pytest.raises(AssertionError, match="the target ran"):
+        train(edited(raw, {"output_dir": str(tmp_path / "online")}))
+
+
+def test_mistakes_exit_with_2_and_say_what_to_do(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error_of(call: Any, *args: Any) -> str:
+        with pytest.raises(SystemExit) as exit_info:
+            call(*args)
+        assert exit_info.value.code == 2
+        return capsys.readouterr().err
+
+    taps = captured(raw, tmp_path / "taps")
+    other = edited(raw, {"draft.target_layer_ids": [1, 2]})
+    assert "differs in target_layer_ids; choose another folder" in error_of(captured, other, taps)
+    assert "target_layer_ids is [2, 0], the run has [1, 2]" in error_of(train, edited(other, {"data.taps": str(taps)}))
+    changed = write_rows(tmp_path / "changed.jsonl", 20, seed=9)
+    message = error_of(train, edited(raw, {"data.taps": str(taps), "data.train": [str(changed)]}))
+    assert "has other tokens than when its taps were captured" in message
+    lm = {"kind": "causal_lm", "draft": None, "loss": None, "data.num_anchors": None}
+    assert "only a draft (dflash) is trained on taps" in error_of(captured, edited(raw, lm), tmp_path / "lm")
+    message = error_of(train, edited(raw, lm | {"data.taps": str(taps)}))
+    assert "kind causal_lm trains no draft and ignores data.taps" in message
