@@ -108,7 +108,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(6e-4, gt=0, description="at its peak, after warm-up")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of Adam's running moments")
     eps: float = Field(1e-8, gt=0, description="added to the root of Adam's second moment")
-    weight_decay: float = Field(0.0, ge=0, description="on matrices only")
+    weight_decay: float = Field(0.0, ge=0, description="on matrices; with muon on hidden ones only")
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="after warm-up: cosine decay, or constant and then linear decay"
     )

@@ -37,6 +37,7 @@ Batch = dict[str, np.ndarray]
 CHECKED_ROWS = 256
 # Whole batches built ahead, in threads: tokenisation releases the GIL, and a few batches hide a slow file.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+TAPS_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=2)  # such batches can be gigabytes
 # Passes over the data, more than any run makes. Grain's own endless stream overflows when it is cut into batches of 1.
 ENDLESS_EPOCHS = 2**31
 LENGTHS_PER_TASK = 256  # samples a thread reads at a time to find their lengths
@@ -135,11 +136,13 @@ class TrainingData:
         if epochs is not None and epochs <= 0:
             raise InputError(f"epochs is {epochs}; give a positive number, or none for an endless stream")
         plan = pack(sample_lengths(source), max_length, seed=seed) if packing else one_sample_a_row(len(source))
-        rows = _rows(source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed, taps=taps)
-        _check_supervision(rows, min(len(plan), CHECKED_ROWS))
+        build = functools.partial(_rows, source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed)
+        _check_supervision(build(), min(len(plan), CHECKED_ROWS))
+        rows = build(taps=taps)
         self.steps_per_epoch = math.ceil(len(plan) / batch_size)
         # The stream has no seam between epochs, so the last step borrows its missing rows from the next epoch.
         self.num_steps = None if epochs is None else math.ceil(epochs * len(plan) / batch_size)
+        self._read_options = READ_OPTIONS if taps is None else TAPS_READ_OPTIONS
         self._batches = rows.slice(slice(process_index, None, process_count)).batch(local_size)
 
     def batch(self, step: int) -> Batch:
@@ -148,7 +151,7 @@ class TrainingData:
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches `start_step`, `start_step + 1`, ... up to `num_steps` (for ever if that is None), built ahead."""
-        return iter(self._batches.slice(slice(start_step, self.num_steps)).to_iter_dataset(READ_OPTIONS))
+        return iter(self._batches.slice(slice(start_step, self.num_steps)).to_iter_dataset(self._read_options))
 
 
 def fixed_batches(
@@ -250,8 +253,8 @@ def _build_row(
         row["input_ids"][start:stop] = input_ids[:length]
         row["loss_mask"][start:stop] = loss_mask[:length]
         row["document_ids"][start:stop] = document
-        if taps is not None:
-            states = taps.read(sample_id, input_ids)[:length]
+        if taps is not None and length:
+            states = taps.read(sample_id, input_ids)
             row.setdefault("taps", np.zeros((max_length, states.shape[1]), states.dtype))[start:stop] = states
         start = stop
     if num_anchors is not None:

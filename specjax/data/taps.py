@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class TapRecipe:
-    """What decides the cache's contents; a run that differs in any of it is refused.
+    """What decides the cache's contents; where any of it differs, the cache is refused.
 
-    target: fingerprint of the target's embedding. max_length: tokens of an example that are kept.
+    target: digest of the target's weights. max_length: tokens of an example that are kept.
     """
 
     target: str
@@ -42,31 +42,48 @@ class TapRecipe:
     max_length: int
     examples: int
 
-    def to_json(self, shards: int) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, "shards": shards, **asdict(self)}
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
+        return value
 
 
 def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"taps-{shard:05d}.safetensors"
 
 
-def start_cache(folder: Path, recipe: TapRecipe, shards: int) -> list[int]:
+def start_cache(folder: Path, recipe: TapRecipe, data: str, shards: int) -> list[int]:
     """Makes `folder` a cache of `recipe` and returns the shards that are still missing.
 
-    Raises:
-        InputError: the folder holds a cache of something else.
+    data: digest of the examples' tokens. Raises InputError where the folder holds a cache of something else.
     """
     path = folder / CACHE_FILE
-    wanted = json.loads(json.dumps(recipe.to_json(shards)))
+    wanted = recipe.to_json() | {"data": data, "shards": shards}
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(name for name in wanted if found.get(name) != wanted[name])
-        if differing:
-            raise InputError(f"{path}: holds a cache that differs in {', '.join(differing)}; choose another folder")
+        _check_same(path, wanted)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
     return [shard for shard in range(shards) if not shard_path(folder, shard).exists()]
+
+
+def _check_same(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: not a JSON object ({error}); delete the folder and capture again") from error
+    differing = [
+        f"{name} is {found.get(name)}, the run has {value}"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    if differing:
+        raise InputError(
+            f"{path}: was captured for another run: {'; '.join(differing)}; restore these settings, or capture into "
+            "another folder"
+        )
+    return found
 
 
 def write_shard(
@@ -82,7 +99,7 @@ def write_shard(
         "taps_crc": np.array([_crc(x) for x in taps], np.int64),
     }
     path = shard_path(folder, shard)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file(arrays, partial)
     os.replace(partial, path)
 
@@ -93,36 +110,19 @@ class TapCache:
     Raises InputError where the cache is incomplete or damaged or was made with another recipe.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], wanted: TapRecipe) -> None:
+    def __init__(self, folder: str | os.PathLike[str], recipe: TapRecipe) -> None:
         self.folder = Path(folder)
+        self.max_length = recipe.max_length
         path = self.folder / CACHE_FILE
         if not path.exists():
             raise InputError(f"data.taps {self.folder}: no {CACHE_FILE}; write it with python -m specjax.capture")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        self._check_recipe(path, found, wanted)
-        self.max_length: int = found["max_length"]
-        self._where = np.full((wanted.examples, 5), -1, np.int64)  # shard, first, stop, tokens_crc, taps_crc
+        found = _check_same(path, recipe.to_json())
+        self._where = np.full((recipe.examples, 5), -1, np.int64)  # shard, first, stop, tokens_crc, taps_crc
         self._files: list[Any] = []
         for shard in range(found["shards"]):
             self._open(shard)
-        missing = int((self._where[:, 0] < 0).sum())
-        if missing:
-            raise InputError(f"{self.folder}: {missing} examples have no taps; run python -m specjax.capture again")
-
-    def _check_recipe(self, path: Path, found: dict[str, Any], wanted: TapRecipe) -> None:
-        expected = json.loads(json.dumps(wanted.to_json(found.get("shards", 0))))
-        missing = [name for name in expected if name not in found]
-        if missing:
-            raise InputError(f"{path}: lacks {', '.join(missing)}; capture the taps again into another folder")
-        differing = [
-            f"{field.name} is {found[field.name]}, the run has {expected[field.name]}"
-            for field in fields(wanted)
-            if field.name != "max_length" and found[field.name] != expected[field.name]
-        ]
-        if found["max_length"] < wanted.max_length:
-            differing.append(f"max_length is {found['max_length']}, the run has {wanted.max_length}")
-        if differing:
-            raise InputError(f"{path}: was captured for another run: {'; '.join(differing)}")
+        if (self._where[:, 0] < 0).any():
+            raise InputError(f"{self.folder}: some examples have no taps; delete the folder and capture again")
 
     def _open(self, shard: int) -> None:
         path = shard_path(self.folder, shard)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,18 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
-from specjax.blockdiff.masks import document_starts
 from specjax.config import RunConfig
 from specjax.data.packing import RowPlan, pack
-from specjax.data.pipeline import Examples, sample_lengths
-from specjax.data.taps import TapRecipe, start_cache, write_shard
+from specjax.data.pipeline import Examples
+from specjax.data.taps import start_cache, write_shard
 from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import SPECS, put
+from specjax.training.objectives import run_target
 from specjax.training.run import check_batch_size, compute_dtype, examples_of, mesh_of, tap_recipe
-from specjax.weights import load_target
+from specjax.training.step import Batch
+from specjax.weights import load_target, read_target_config
 
 SHARD_BYTES = 256 * 2**20  # of taps, about
 
@@ -29,8 +32,8 @@ SHARD_BYTES = 256 * 2**20  # of taps, about
 def capture(config: RunConfig, out: str | Path) -> Path:
     """Writes the taps of every training example of `config` to the folder `out` and returns it.
 
-    Examples are packed into rows of `data.max_length` tokens, `training.batch_size` rows a pass. What an earlier call
-    wrote is kept.
+    Examples are packed into rows of `data.max_length` tokens, as many rows a pass as a micro-batch has. What an earlier
+    call wrote is kept.
 
     Raises:
         InputError: anything wrong with config, target or data; several processes; a cache of something else in `out`.
@@ -42,59 +45,64 @@ def capture(config: RunConfig, out: str | Path) -> Path:
     out = Path(out)
     with mesh_of(config), matmul_precision(compute_dtype(config)):
         check_batch_size(config)
-        target = load_target(config.target.path, dtype=compute_dtype(config))
         examples = examples_of(config, config.data.train)
-        recipe = tap_recipe(config, target, len(examples))
-        lengths = np.minimum(sample_lengths(examples), config.data.max_length)
-        plan = pack(lengths, config.data.max_length, seed=0)
-        width = len(recipe.target_layer_ids) * target.config.hidden_size * jnp.dtype(target.dtype).itemsize
-        rows_a_shard = max(1, SHARD_BYTES // (width * config.data.max_length))
-        shards = [range(i, min(i + rows_a_shard, len(plan))) for i in range(0, len(plan), rows_a_shard)]
-        missing = start_cache(out, recipe, len(shards))
-        print(f"{out}: {lengths.sum():,} tokens of {width:,} bytes, {len(missing)} of {len(shards)} shards to write")
-        for shard in track(missing, description="capturing taps"):
-            ids: list[int] = []
-            tokens: list[np.ndarray] = []
-            taps: list[np.ndarray] = []
-            for sample, input_ids, states in _captured(config, target, recipe, examples, plan, shards[shard]):
-                ids.append(sample)
-                tokens.append(input_ids)
-                taps.append(states)
-            write_shard(out, shard, ids, tokens, taps)
+        recipe = tap_recipe(config, len(examples))
+        lengths, digest = _read_through(examples, recipe.max_length)
+        plan = pack(lengths, recipe.max_length, seed=0)
+        width = len(recipe.target_layer_ids) * read_target_config(config.target.path).hidden_size
+        token_bytes = width * jnp.dtype(recipe.dtype).itemsize
+        rows = config.training.batch_size // config.training.accumulation_steps
+        passes = max(1, SHARD_BYTES // (rows * recipe.max_length * token_bytes))
+        shards = [range(i, min(i + passes * rows, len(plan))) for i in range(0, len(plan), passes * rows)]
+        missing = start_cache(out, recipe, digest, len(shards))
+        print(
+            f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} of {len(shards)} shards to write"
+        )
+        if missing:
+            target = load_target(config.target.path, dtype=compute_dtype(config))
+            run = partial(_taps, target, tap_ids=recipe.target_layer_ids, query_chunk=config.training.attention_chunk)
+            for shard in track(missing, description="capturing taps"):
+                write_shard(out, shard, *_captured(run, examples, plan, shards[shard], rows, recipe.max_length))
     return out
 
 
+def _read_through(examples: Examples, max_length: int) -> tuple[np.ndarray, str]:
+    """Length int64 [examples] of every example, cut to `max_length`, and a digest of their tokens."""
+    lengths, digest = np.zeros(len(examples), np.int64), hashlib.sha256()
+    for i in range(len(examples)):
+        tokens = examples[i][0][:max_length].astype(np.int32)
+        lengths[i] = len(tokens)
+        digest.update(lengths[i].tobytes() + tokens.tobytes())
+    return lengths, digest.hexdigest()
+
+
 def _captured(
-    config: RunConfig, target: Decoder, recipe: TapRecipe, examples: Examples, plan: RowPlan, rows: Sequence[int]
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(index, tokens [t], taps [t, m]) of every example of the plan's `rows`."""
-    size, length = config.training.batch_size, recipe.max_length
+    run: Callable[[Batch], jax.Array], examples: Examples, plan: RowPlan, rows: Sequence[int], size: int, length: int
+) -> tuple[list[int], list[np.ndarray], list[np.ndarray]]:
+    """Indices, tokens [t] and taps [t, m] of every example of the plan's `rows`, `size` rows of `length` a pass."""
+    ids: list[int] = []
+    tokens: list[np.ndarray] = []
+    taps: list[np.ndarray] = []
     for start in range(0, len(rows), size):
-        input_ids = np.zeros((size, length), np.int32)
-        documents = np.zeros((size, length), np.int32)
-        placed: list[tuple[int, int, slice]] = []
+        batch = {name: np.zeros((size, length), np.int32) for name in ("input_ids", "document_ids")}
+        placed: list[tuple[int, slice]] = []
         for i, row in enumerate(rows[start : start + size]):
             begin = 0
             for document, sample in enumerate(plan[row].tolist(), start=1):
-                tokens = examples[sample][0][:length]
-                where = slice(begin, begin + len(tokens))
-                input_ids[i, where], documents[i, where] = tokens, document
-                placed.append((sample, i, where))
+                sample_tokens = examples[sample][0][:length]
+                where = slice(begin, begin + len(sample_tokens))
+                batch["input_ids"][i, where], batch["document_ids"][i, where] = sample_tokens, document
+                placed.append((i, where))
+                ids.append(sample)
                 begin = where.stop
-        chunk, ids = config.training.attention_chunk, recipe.target_layer_ids
-        taps = fetch(_taps(target, put(input_ids, SPECS.act_bt), put(documents, SPECS.act_bt), ids, chunk))
-        for sample, i, where in placed:
-            yield sample, input_ids[i, where], np.ascontiguousarray(taps[i, where])
+        states = fetch(run({name: put(x, SPECS.act_bt) for name, x in batch.items()}))
+        tokens += [batch["input_ids"][place] for place in placed]
+        taps += [states[place] for place in placed]
+    return ids, tokens, taps
 
 
-def _run_target(
-    target: Decoder, input_ids: jax.Array, documents: jax.Array, tap_ids: tuple[int, ...], query_chunk: int
-) -> jax.Array:
-    taps = target(
-        input_ids, document_start_bt=document_starts(documents), tap_ids=tap_ids, query_chunk=query_chunk
-    ).taps
+@partial(jax.jit, static_argnames=("tap_ids", "query_chunk"))
+def _taps(target: Decoder, batch: Batch, *, tap_ids: tuple[int, ...], query_chunk: int) -> jax.Array:
+    taps = run_target(target, batch, tap_ids, query_chunk).taps
     assert taps is not None
     return taps
-
-
-_taps = jax.jit(_run_target, static_argnums=(3, 4))

@@ -62,12 +62,7 @@ class BlockDiffusionLoss:
         )
 
     def run_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> DecoderOutput:
-        return target(
-            batch["input_ids"],
-            document_start_bt=document_starts(batch["document_ids"]),
-            tap_ids=draft.config.target_layer_ids,
-            query_chunk=self.query_chunk,
-        )
+        return run_target(target, batch, draft.config.target_layer_ids, self.query_chunk)
 
     def _sums(
         self,
@@ -95,6 +90,12 @@ class BlockDiffusionLoss:
             alpha=self.alpha,
             chunk_blocks=self.chunk_blocks,
         )
+
+
+def run_target(target: Decoder, batch: Batch, tap_ids: tuple[int, ...], query_chunk: int) -> DecoderOutput:
+    """The target over packed rows, none of whose documents sees another."""
+    starts = document_starts(batch["document_ids"])
+    return target(batch["input_ids"], document_start_bt=starts, tap_ids=tap_ids, query_chunk=query_chunk)
 
 
 def statistics(sums: BlockLoss) -> dict[str, jax.Array]:

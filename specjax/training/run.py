@@ -39,6 +39,7 @@ from specjax.weights import (
     load_target,
     read_target_config,
     target_fingerprint,
+    weights_digest,
 )
 from specjax.weights.config_fields import read_json
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
@@ -229,7 +230,7 @@ def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
     examples = examples_of(config, config.data.train)
     taps = None
     if config.data.taps is not None:
-        taps = TapCache(config.data.taps, tap_recipe(config, task.frozen, len(examples)))
+        taps = TapCache(config.data.taps, tap_recipe(config, len(examples)))
     share, shares = data_share()
     data = TrainingData(
         examples,
@@ -279,12 +280,12 @@ def examples_of(config: RunConfig, patterns: tuple[str, ...]) -> TokenizedExampl
     )
 
 
-def tap_recipe(config: RunConfig, target: Decoder, examples: int) -> TapRecipe:
+def tap_recipe(config: RunConfig, examples: int) -> TapRecipe:
     """What the taps of the config's `examples` training examples are made of."""
     return TapRecipe(
-        target=target_fingerprint(target).embedding,
+        target=weights_digest(config.target.path),
         target_layer_ids=draft_config_of(config).target_layer_ids,
-        dtype=jnp.dtype(target.dtype).name,
+        dtype=jnp.dtype(compute_dtype(config)).name,
         max_length=config.data.max_length,
         examples=examples,
     )
@@ -317,6 +318,8 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
     if not resume:
         raise InputError(f"output_dir {run} already holds a run; continue it with --resume, or choose another folder")
     old, new = load_config(previous).model_dump(), config.model_dump()
+    for settings in (old, new):
+        del settings["data"]["taps"]  # the losses are the same with and without
     changed = [name for name in old if name not in FREE_ON_RESUME and old[name] != new[name]]
     if changed:
         raise InputError(

@@ -11,6 +11,7 @@ from specjax.weights.fingerprint import (
     fingerprint_warning,
     read_fingerprint,
     target_fingerprint,
+    weights_digest,
 )
 from specjax.weights.hf_config import decoder_config_from_hf, decoder_config_to_hf
 from specjax.weights.load import (
@@ -48,6 +49,7 @@ __all__ = [
     "save_draft",
     "save_target",
     "target_fingerprint",
+    "weights_digest",
     "weights_dtype",
     "with_params",
 ]

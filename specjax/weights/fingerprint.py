@@ -20,6 +20,7 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 from specjax.weights.config_fields import read_json
+from specjax.weights.safetensors_files import model_folder, open_tensors
 
 FINGERPRINT_FILE = "specjax.json"
 SAMPLED_ROWS = 16
@@ -57,6 +58,20 @@ def target_fingerprint(
         values = np.asarray(jax.block_until_ready(embedded).addressable_shards[0].data)[0]
     template = None if chat_template is None else _hash(chat_template.encode())
     return TargetFingerprint(_hash(values.astype(ml_dtypes.bfloat16).tobytes()), template, thinking)
+
+
+def weights_digest(path_or_id: str | Path) -> str:
+    """Hash of the first and last row of every tensor of a model folder or hub id, and of their names and shapes.
+
+    Unlike the fingerprint it tells fine-tunes of one model apart, and depends on how the file stores them.
+    """
+    files = open_tensors(model_folder(path_or_id))
+    digest = hashlib.sha256()
+    for name, info in sorted(files.infos.items()):
+        digest.update(f"{name} {info.dtype} {info.shape}".encode())
+        for row in (slice(0, 1), slice(-1, None)) if len(info.shape) > 1 else (slice(None),):
+            digest.update(files.read(name, (row,)).tobytes())
+    return digest.hexdigest()
 
 
 def read_fingerprint(folder: str | Path) -> TargetFingerprint | None:
