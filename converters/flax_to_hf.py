@@ -13,18 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from converters import copy_side_files
 from specjax.errors import InputError, exit_on_input_error
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.weights import load_checkpoint, load_run_params, read_fingerprint, save_draft, save_target
-from specjax.weights.config_fields import IGNORED, read_json
 from specjax.weights.load import CONFIG_FILE
-from specjax.weights.orbax_checkpoint import CHECKPOINT, RUN_CHECKPOINTS, checkpoint_dtype
+from specjax.weights.orbax_checkpoint import CHECKPOINT, RUN_CHECKPOINTS, RUN_TARGET_CONFIG, checkpoint_dtype
+from specjax.weights.side_files import copy_side_files, unshaping_fields
 
 DTYPES = ("bfloat16", "float16", "float32")
-# Fields of the source's config.json that describe its old file and not the model.
-DROPPED_FIELDS = {"_name_or_path", "auto_map", "dtype", "torch_dtype", "transformers_version"}
 
 
 def step_argument(text: str) -> str | int:
@@ -66,15 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _read(source: Path, step: Any) -> tuple[Decoder | DFlashDraft, Any, dict[str, Any]]:
     """(model, dtype to write, fields of its config.json to keep)."""
     if (source / RUN_CHECKPOINTS).is_dir():
-        return load_run_params(source, step), jnp.bfloat16, {}
+        config = source / RUN_TARGET_CONFIG
+        return load_run_params(source, step), jnp.bfloat16, unshaping_fields(config) if config.exists() else {}
     if not (source / CHECKPOINT).is_dir():
         raise InputError(f"{source}: neither a checkpoint of hf_to_flax ({CHECKPOINT}/) nor a run ({RUN_CHECKPOINTS}/)")
     if step is not None:
         raise InputError(f"--step {step}: {source} is a single checkpoint; leave --step out")
     dtype = checkpoint_dtype(source)
-    raw = read_json(source / CONFIG_FILE)
-    kept = {name: value for name, value in raw.items() if name in IGNORED and name not in DROPPED_FIELDS}
-    return load_checkpoint(source, dtype=dtype), dtype, kept
+    return load_checkpoint(source, dtype=dtype), dtype, unshaping_fields(source / CONFIG_FILE)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import jax
 
-from converters import copy_side_files
 from specjax.errors import exit_on_input_error
 from specjax.weights import is_draft_config, load_draft, load_target, model_folder, save_checkpoint, weights_dtype
 from specjax.weights.config_fields import read_json
 from specjax.weights.load import CONFIG_FILE
+from specjax.weights.side_files import copy_side_files
 
 
 @exit_on_input_error

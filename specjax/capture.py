@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from specjax.training.capture import capture
 
-    print(f"wrote {capture(config, args.out)}")
+    print(f"wrote {capture(config, args.out, print)}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ Batch = dict[str, np.ndarray]
 CHECKED_ROWS = 256
 # Whole batches built ahead, in threads: tokenisation releases the GIL, and a few batches hide a slow file.
 READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
-TAPS_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=2)  # such batches can be gigabytes
+TAPS_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)  # such batches can be gigabytes
 # Passes over the data, more than any run makes. Grain's own endless stream overflows when it is cut into batches of 1.
 ENDLESS_EPOCHS = 2**31
 LENGTHS_PER_TASK = 256  # samples a thread reads at a time to find their lengths
@@ -101,10 +101,11 @@ def read_examples(
     vocab_size: int | None = None,
 ) -> TokenizedExamples:
     """The examples of JSONL files: `JsonlRecords` read through a `ChatTokenizer`; see both for arguments, errors."""
-    chat = None
-    if tokenizer is not None:
+    records, chat = JsonlRecords(patterns), None
+    # Targets whose tokenizer cannot render a chat train on token ids alone.
+    if tokenizer is not None and (records.token_counts < 0).any():
         chat = ChatTokenizer(tokenizer, chat_template_kwargs=chat_template_kwargs, stop_token_ids=stop_token_ids)
-    return TokenizedExamples(JsonlRecords(patterns), chat, vocab_size=vocab_size)
+    return TokenizedExamples(records, chat, vocab_size=vocab_size)
 
 
 class TrainingData:

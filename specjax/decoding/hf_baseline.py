@@ -50,7 +50,8 @@ def measure_transformers(
     rates: dict[int, float] = {}
     outputs: list[list[int]] = []
     before = torch.get_num_threads()
-    for threads in sorted({1, os.cpu_count() or 1}):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for threads in sorted({1, min(2, cores), cores}):
         torch.set_num_threads(threads)
         outputs = decode_all()
         seconds = []

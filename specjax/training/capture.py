@@ -29,7 +29,7 @@ from specjax.weights import load_target, read_target_config
 SHARD_BYTES = 256 * 2**20  # of taps, about
 
 
-def capture(config: RunConfig, out: str | Path) -> Path:
+def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lambda text: None) -> Path:
     """Writes the taps of every training example of `config` to the folder `out` and returns it.
 
     Examples are packed into rows of `data.max_length` tokens, as many rows a pass as a micro-batch has. What an earlier
@@ -55,9 +55,7 @@ def capture(config: RunConfig, out: str | Path) -> Path:
         passes = max(1, SHARD_BYTES // (rows * recipe.max_length * token_bytes))
         shards = [range(i, min(i + passes * rows, len(plan))) for i in range(0, len(plan), passes * rows)]
         missing = start_cache(out, recipe, digest, len(shards))
-        print(
-            f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} of {len(shards)} shards to write"
-        )
+        say(f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} shards to write")
         if missing:
             target = load_target(config.target.path, dtype=compute_dtype(config))
             run = partial(_taps, target, tap_ids=recipe.target_layer_ids, query_chunk=config.training.attention_chunk)

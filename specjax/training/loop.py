@@ -122,7 +122,7 @@ class Loop(Generic[Model]):
                     clock.restart()
                 if stops:
                     break
-        self.checkpoints.wait()
+            self.checkpoints.wait()
         if interrupt.signal_name is not None and done < self.plan.total_steps:
             self.writer.say(f"{interrupt.signal_name}: saved step {done}; continue with --resume")
         return state

@@ -37,12 +37,15 @@ from specjax.weights import (
     decoder_config_to_hf,
     draft_config_to_hf,
     load_target,
+    model_folder,
     read_target_config,
     target_fingerprint,
     weights_digest,
 )
 from specjax.weights.config_fields import read_json
+from specjax.weights.load import CONFIG_FILE as MODEL_CONFIG_FILE
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
+from specjax.weights.side_files import copy_side_files, unshaping_fields
 from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
 
 CONFIG_FILE = "config.yaml"
@@ -194,7 +197,8 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
 def causal_lm_task(config: RunConfig) -> Task:
     """The target itself, random or with its weights, on the mesh in force."""
     dtype = compute_dtype(config)
-    target_config = read_target_config(config.target.path)
+    folder = model_folder(config.target.path)
+    target_config = read_target_config(folder)
     _check_mesh(target_config)
     if config.target.init == "random":
         model = jax.jit(lambda: Decoder(target_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
@@ -209,7 +213,7 @@ def causal_lm_task(config: RunConfig) -> Task:
         flops_per_step=flops.causal_lm_step_flops(target_config, _shape(config)),
         flops_formula=flops.CAUSAL_LM_FORMULA,
         num_anchors=None,
-        files={RUN_TARGET_CONFIG: decoder_config_to_hf(target_config)},
+        files={RUN_TARGET_CONFIG: decoder_config_to_hf(target_config) | unshaping_fields(folder / MODEL_CONFIG_FILE)},
     )
 
 
@@ -341,6 +345,8 @@ def _write_files(run: Path, config: RunConfig, task: Task) -> None:
     except OSError as error:
         raise InputError(f"output_dir {run}: cannot be made ({error.strerror}); choose another folder") from error
     (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    if config.kind == "causal_lm":
+        copy_side_files(model_folder(config.target.path), run)
     for name, value in (task.files | {METADATA_FILE: run_metadata()}).items():
         (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 

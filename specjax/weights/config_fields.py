@@ -94,6 +94,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "rope_interleaved": (False, None),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False, None),
 }
 
 # Field -> what to do about it, where a bare "not supported" would leave the reader alone.

@@ -20,7 +20,7 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 from specjax.weights.config_fields import read_json
-from specjax.weights.safetensors_files import model_folder, open_tensors
+from specjax.weights.safetensors_files import model_folder, open_sound_tensors
 
 FINGERPRINT_FILE = "specjax.json"
 SAMPLED_ROWS = 16
@@ -65,7 +65,7 @@ def weights_digest(path_or_id: str | Path) -> str:
 
     Unlike the fingerprint it tells fine-tunes of one model apart, and depends on how the file stores them.
     """
-    files = open_tensors(model_folder(path_or_id))
+    files = open_sound_tensors(model_folder(path_or_id))
     digest = hashlib.sha256()
     for name, info in sorted(files.infos.items()):
         digest.update(f"{name} {info.dtype} {info.shape}".encode())

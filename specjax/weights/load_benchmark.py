@@ -24,7 +24,7 @@ from specjax.weights.hf_config import decoder_config_to_hf
 from specjax.weights.key_tables import TARGET_KEYS
 from specjax.weights.load import CONFIG_FILE, load_target, weights_dtype
 from specjax.weights.module_params import abstract_module, flat_params
-from specjax.weights.safetensors_files import SINGLE_FILE, model_folder, open_tensors, write_safetensors
+from specjax.weights.safetensors_files import SINGLE_FILE, model_folder, open_sound_tensors, write_safetensors
 
 STATUS = Path("/proc/self/status")
 SAMPLE_SECONDS = 0.001
@@ -57,7 +57,7 @@ def measure_load(folder: str | Path, *, repeats: int = 3) -> dict[str, Any]:
     folder = model_folder(folder)
     files = sorted(folder.glob("*.safetensors"))
     dtype = weights_dtype(folder)
-    largest = max(info.nbytes for info in open_tensors(folder).infos.values())
+    largest = max(info.nbytes for info in open_sound_tensors(folder).infos.values())
     times: dict[str, list[float]] = {"read": [], "load": []}
     extras: list[int | None] = []
     for i in range(repeats + 1):
@@ -128,7 +128,8 @@ def _drop_from_page_cache(files: list[Path]) -> None:
     for file in files:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS, where the cold times are then warm ones
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class AnonymousMemory:

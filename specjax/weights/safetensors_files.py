@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from specjax.errors import InputError
-from specjax.weights.config_fields import read_json
+from specjax.weights.config_fields import raise_problems, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -154,6 +154,18 @@ def open_tensors(folder: Path) -> TensorFiles:
         if shard in opened_names and (name not in infos or infos[name].file.name != shard):
             problems.append(f"{name}: {INDEX_FILE} places it in {shard}, which does not hold it")
     return TensorFiles(infos, maps, problems)
+
+
+def open_sound_tensors(folder: Path) -> TensorFiles:
+    """`open_tensors`, refusing with one InputError whatever is missing, damaged or of a dtype that cannot be read."""
+    files = open_tensors(folder)
+    wrong = [
+        f"{info.name}: dtype {info.dtype} is not one of {', '.join(FLOAT_DTYPES)}; use the unquantised model"
+        for info in files.infos.values()
+        if info.dtype not in FLOAT_DTYPES
+    ]
+    raise_problems(str(folder), [*files.problems, *wrong])
+    return files
 
 
 def _tensor_infos(file: Path, mapped: mmap.mmap) -> Iterator[TensorInfo]:
