@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from specjax.config import RunConfig, dump_config, load_config
+from specjax.data.conversations import find_files
 from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
 from specjax.data.taps import TapCache, TapRecipe
 from specjax.errors import InputError
@@ -50,6 +51,7 @@ from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, sto
 
 CONFIG_FILE = "config.yaml"
 METADATA_FILE = "metadata.json"
+DATA_FILE = "data.json"
 # Sections that a resumed run may change: they do not touch the sequence of updates.
 FREE_ON_RESUME = ("checkpoint", "evaluation", "logging", "mesh", "output_dir")
 
@@ -333,13 +335,16 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
 
 
 def _write_files(run: Path, config: RunConfig, task: Task) -> None:
-    for name, value in task.files.items():
+    data_sizes = _data_sizes(config)
+    for name, value in (task.files | {DATA_FILE: data_sizes}).items():
         path = run / name
         if path.exists() and read_json(path) != json.loads(json.dumps(value)):
-            raise InputError(
-                f"{path}: the run to resume was made with another target or mask token than {config.target.path} has "
-                "now; restore it or choose another output_dir"
+            changed = (
+                "other files of data.train or data.validation than there are now; restore them"
+                if name == DATA_FILE
+                else f"another target or mask token than {config.target.path} has now; restore it"
             )
+            raise InputError(f"{path}: the run to resume was made with {changed} or choose another output_dir")
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -347,8 +352,14 @@ def _write_files(run: Path, config: RunConfig, task: Task) -> None:
     (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     if config.kind == "causal_lm":
         copy_side_files(model_folder(config.target.path), run)
-    for name, value in (task.files | {METADATA_FILE: run_metadata()}).items():
+    for name, value in (task.files | {DATA_FILE: data_sizes, METADATA_FILE: run_metadata()}).items():
         (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _data_sizes(config: RunConfig) -> dict[str, list[int]]:
+    """Bytes of every data file: a file that was edited or extended rarely keeps its size."""
+    sets = {"train": config.data.train, "validation": config.data.validation}
+    return {name: [path.stat().st_size for path in find_files(patterns)] for name, patterns in sets.items()}
 
 
 def _on_first_process(action: Callable[[], None]) -> None:

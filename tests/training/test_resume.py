@@ -138,3 +138,12 @@ def test_another_mask_token_or_target_is_refused(
         train(raw, "--resume")
     assert f"{copied / name}: the run to resume was made with another" in capsys.readouterr().err
     assert json.loads((copied / name).read_text()) == recorded
+
+
+def test_data_that_grew_is_refused(copied: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    recorded = json.loads((copied / "data.json").read_text())
+    assert recorded["train"] == [Path(raw["data"]["train"][0]).stat().st_size]
+    (copied / "data.json").write_text(json.dumps(recorded | {"train": [recorded["train"][0] - 1]}))
+    with pytest.raises(SystemExit, match="2"):
+        train(raw, "--resume")
+    assert "made with other files of data.train or data.validation than there are now" in capsys.readouterr().err
