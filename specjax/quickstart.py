@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from specjax.models.decoder import Decoder
 
 DEFAULT_CONFIG = "configs/quickstart.yaml"
-MAX_PROMPT_TOKENS = 192
+MAX_PROMPT_TOKENS = 128
+TAPS = "taps"  # in output_dir, unless data.taps names another folder
 ANSWER_BATCH = 64
 VALIDATION_PROMPTS = 32
 WORD_PROBLEM_SEEDS = {"train": 0, "heldout": 1}
@@ -102,6 +103,7 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     """Runs every stage and returns the held-out reports, by domain and of "all"."""
     from specjax import weights
     from specjax.models.precision import matmul_precision
+    from specjax.training.capture import capture
     from specjax.training.run import draft_config_of, train
     from specjax.weights.orbax_checkpoint import checkpoint_path
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
@@ -114,7 +116,8 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         stops = stop_token_ids(config.target.path)
         heldout = embedded_prompts(tokenizer, "heldout", 2 * sizes.heldout_prompts + VALIDATION_PROMPTS)
         answer_files(config, sizes, target, tokenizer, stops, heldout)
-        train(config, resume=True)
+        taps = capture(config, config.data.taps or folder / TAPS, print)
+        train(config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})}), resume=True)
         if config.training.steps is not None:
             checkpoint_path(folder, config.training.steps)  # refuses a run that a signal stopped early
         exported = folder / "draft"
@@ -170,8 +173,8 @@ def answer_files(
         if path.exists():
             raise InputError(f"{path}: is there, but {recipe} is not; move it, or name another file to be written")
         path.parent.mkdir(parents=True, exist_ok=True)
-    validation = [p for prompts in heldout.values() for p in prompts[sizes.heldout_prompts :]]
-    training = [p for prompts in embedded_prompts(tokenizer, "train", sizes.train_prompts).values() for p in prompts]
+    validation = {domain: prompts[sizes.heldout_prompts :] for domain, prompts in heldout.items()}
+    training = embedded_prompts(tokenizer, "train", sizes.train_prompts)
     parts = {path: path.with_name(f"{path.name}.partial") for path in (validation_file, train_file)}
     for path, prompts in ((validation_file, validation), (train_file, training)):
         write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)
@@ -180,16 +183,17 @@ def answer_files(
     recipe.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
 
 
-def write_answers(
-    path: Path, target: Decoder, prompts: list[list[int]], stops: tuple[int, ...], max_new_tokens: int
-) -> None:
-    """Pre-tokenised records of prompts and the target's greedy answers; batches of similar prompt lengths."""
+def write_answers(path: Path, target: Decoder, prompts: Prompts, stops: tuple[int, ...], max_new_tokens: int) -> None:
+    """Pre-tokenised records of prompts and the target's greedy answers; batches of one domain and similar lengths."""
     from rich.progress import track
 
     from specjax.decoding import generate
 
-    ordered = sorted(prompts, key=len)
-    batches = [ordered[i : i + ANSWER_BATCH] for i in range(0, len(ordered), ANSWER_BATCH)]
+    batches = [
+        ordered[i : i + ANSWER_BATCH]
+        for ordered in (sorted(domain, key=len) for domain in prompts.values())
+        for i in range(0, len(ordered), ANSWER_BATCH)
+    ]
     with path.open("w", encoding="utf-8") as file:
         for batch in track(batches, description=f"answers for {path.stem}"):
             for prompt, answer in zip(batch, generate(target, batch, None, max_new_tokens, stops).tokens, strict=True):

@@ -88,7 +88,7 @@ def test_the_corpus_learns_code_whole_and_answers_of_problems(made):
 def test_the_config_moves_with_the_work_folder_and_repeats_the_code(script):
     config = script.run_config(Path("w"), 7, 3)
     assert (config.output_dir, config.target.path) == ("w/run", "w/corpus/model")
-    assert config.data.train == (*["w/corpus/code.jsonl"] * 8, "w/corpus/problems.jsonl")
+    assert config.data.train == (*["w/corpus/code.jsonl"] * 2, "w/corpus/problems.jsonl")
     assert config.data.validation == ("w/corpus/heldout-code.jsonl", "w/corpus/heldout-problems.jsonl")
     assert (config.training.steps, config.seed, config.data.packing) == (7, 3, True)
     assert script.run_config(script.CONFIG_WORK, None, 0) == script.load_config(script.CONFIG)

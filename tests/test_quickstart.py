@@ -138,12 +138,13 @@ def test_a_second_call_resumes_and_answers_nothing_again(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(quickstart, "write_answers", None)
-    kept = [*(finished / "data").iterdir(), *(finished / RUN_CHECKPOINTS).iterdir()]
+    folders = [finished / name for name in ("data", "taps", RUN_CHECKPOINTS)]
+    kept = [path for folder in folders for path in folder.iterdir()]
     before = {path: path.stat().st_mtime_ns for path in kept}
     (finished / "summary.json").unlink()
     main(arguments(target, finished))
     assert {path: path.stat().st_mtime_ns for path in kept} == before
-    assert sorted(kept) == sorted([*(finished / "data").iterdir(), *(finished / RUN_CHECKPOINTS).iterdir()])
+    assert sorted(kept) == sorted(path for folder in folders for path in folder.iterdir())
     assert (finished / "summary.json").exists()
     assert f"steps {STEPS} to {STEPS}" in capsys.readouterr().out
 

@@ -17,27 +17,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from specjax.data.embedded import stdlib_conversations, train_tokenizer, word_problems
 from specjax.data.embedded.problem_families import FAMILIES, Family
 from specjax.data.embedded.problem_families.drawing import Draw
-from specjax.data.embedded.problem_families.measures import DAYS
 from specjax.data.embedded.splitting import Conversation
 
 PACKAGE = Path(sys.modules["specjax.data.embedded"].__file__ or "").parent
 REPOSITORY = PACKAGE.parents[2]
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 CHAIN = re.compile(r"\d+(?: [-+*/] \d+)*(?: = \d+(?: [-+*/] \d+)*)+")
-PARTS = {"half": 2, "third": 3, "quarter": 4, "fifth": 5}
-
-
-def _clock(minutes: int) -> str:
-    return f"{minutes // 60}:{minutes % 60:02d}"
-
-
-def _weekday(question: str, days: int) -> str:
-    today = next(day for day in DAYS if day in question)
-    return DAYS[(DAYS.index(today) + days) % 7]
-
-
-def _fraction_kept(question: str, total: int) -> int:
-    return total - total // next(parts for word, parts in PARTS.items() if word in question)
 
 
 def _pieces(question: str, *numbers: int) -> float:
@@ -52,48 +37,27 @@ SOLVERS: dict[str, Callable[..., object]] = {
     "change": lambda n, p, note: note - n * p,
     "saving": lambda start, p, n: start + p * n,
     "weeks_to_save": lambda price, have, p: (price - have) / p,
-    "discount": lambda price, percent: price * (100 - percent) / 100,
     "sharing": lambda total, kept, k: (total - kept) / k,
-    "leftover": lambda total, k: total % k,
     "wages": lambda rate, hours, bonus: rate * hours + bonus,
     "jugs": lambda juice, water, k: (juice + water) / k,
     "rows": lambda rows, seats, extra: rows * seats + extra,
     "dozens": lambda n, used: 12 * n - used,
-    "ratio": lambda a, b, total: total * a / (a + b),
-    "distance": lambda v, t, w, u: v * t + w * u,
-    "speed": lambda t, d, u: d / t * u,
     "travel_time": lambda d, v, pause: d / v + pause,
     "perimeter": lambda a, b: 2 * a + 2 * b,
     "area": lambda a, b, pond: a * b - pond,
-    "square": lambda p: (p / 4) ** 2,
     "trees": lambda length, gap: length / gap + 1,
-    "end_time": lambda hour, minute, lasts: _clock(hour * 60 + minute + lasts),
-    "duration": lambda h, m, hour, minute: (hour - h) * 60 + minute - m,
-    "flour": lambda kilograms, packet: kilograms * 1000 / packet,
     "minutes": lambda hours, extra, used: hours * 60 + extra - used,
     "temperature": lambda start, up, down: start + up - down,
     "more_than": lambda a, more: a + (a + more),
     "fewer_than": lambda a, less: a + (a - less),
     "times_as_many": lambda a, k: a + a * k,
-    "age": lambda a, d, k: a - d + k,
-    "age_sum": lambda total, d: (total + d) / 2,
     "parent_age": lambda child, k, later: child * k + later,
-    "average": lambda a, b, c: (a + b + c) / 3,
-    "missing_score": lambda mean, a, b: 3 * mean - a - b,
-    "sequence": lambda a, b, c, d: d + (b - a) if d - c == c - b == b - a else None,
-    "falling": lambda a, b, c, d: d + (b - a) if d - c == c - b == b - a else None,
-    "doubling": lambda a, b, c: c * (b / a) if b / a == c / b else None,
-    "nth_term": lambda start, step, n: start + (n - 1) * step,
-    "percent": lambda total, percent: total * percent / 100,
     "riddle": lambda k, m, result: (result - m) / k,
-    "range": lambda a, b, c: max(a, b, c) - min(a, b, c),
     "pages": lambda total, p, days: total - p * days,
     "passengers": lambda start, off, on: start - off + on,
     "legs": lambda two, four: 2 * two + 4 * four,
 }
 SOLVERS_OF_WORDS: dict[str, Callable[..., object]] = {
-    "weekday": _weekday,
-    "fraction": _fraction_kept,
     "ribbon": _pieces,
 }
 
@@ -163,15 +127,14 @@ def test_solutions_are_correct(family: Family) -> None:
 
 
 def test_every_family_is_solved_independently() -> None:
-    assert len(FAMILIES) >= 30
+    assert len(FAMILIES) >= 20
     assert {family.name for family in FAMILIES} == SOLVERS.keys() | SOLVERS_OF_WORDS.keys()
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_drawn_value_is_worded(family: Family) -> None:
     drawn = family.draw(Draw(random.Random(0))).keys() - Draw(random.Random(0)).people().keys()
-    text = "".join(question + solution for question, solution in family.wordings)
-    assert not {key for key in drawn - {"answer"} if f"{{{key}}}" not in text}
+    assert not {key for key in drawn - {"answer"} if f"{{{key}}}" not in family.question + family.solution}
 
 
 def test_solution_is_a_function_of_its_question() -> None:
@@ -198,7 +161,7 @@ def test_stdlib_splits_are_disjoint_and_deterministic(stdlib: list[Conversation]
 
 
 def test_too_many_problems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    only = Family("only", lambda draw: {"answer": 4}, (("What is 2 + 2?", "2 + 2 = 4"),))
+    only = Family("only", lambda draw: {"answer": 4}, "What is 2 + 2?", "2 + 2 = 4")
     module = sys.modules[word_problems.__module__]
     monkeypatch.setattr(module, "FAMILIES", (only,))
     with pytest.raises(ValueError, match="count is 2"):
@@ -258,7 +221,7 @@ def test_no_stdlib_text_is_stored(stdlib: list[Conversation]) -> None:
 
 
 def test_tokenizer_has_its_size_and_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert len(tokenizer) == 2048
+    assert len(tokenizer) == 1024
     assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.mask_token) == (
         "<|endoftext|>",
         "<|im_end|>",

@@ -227,6 +227,17 @@ def test_jsonl_of_conversations_and_token_ids_becomes_batches(tmp_path, make_tok
     np.testing.assert_array_equal(batch["input_ids"][1 - row][:5], np.arange(5))
 
 
+def test_token_ids_need_no_chat_template(tmp_path, make_tokenizer, chatml):
+    tokenizer = make_tokenizer(chatml)
+    tokenizer.chat_template = None
+    path = write_jsonl(tmp_path / "a.jsonl", pretokenized(make_source(3)))
+    assert len(read_examples([path], tokenizer)) == 3
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    path = write_jsonl(tmp_path / "b.jsonl", [*pretokenized(make_source(3)), {"messages": turns}])
+    with pytest.raises(InputError, match="it has no chat template; add one to its folder or pre-tokenise"):
+        read_examples([path], tokenizer)
+
+
 def test_errors_of_a_sample_name_file_and_line(tmp_path, make_tokenizer, chatml):
     tokenizer = make_tokenizer(chatml.partition("{% if")[0])
     path = write_jsonl(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from specjax.models.layers import RopeConfig
 from specjax.training.flops import StepShape, causal_lm_step_flops, dflash_step_flops
 from specjax.training.metrics import add, readable
 from specjax.weights import read_target_config
+from specjax.weights.tokenizer import stop_token_ids
 from tests.training.conftest import FinishedRun
-from tests.training.tiny import LENGTH, STEPS, edited, scalars, train
+from tests.training.tiny import LENGTH, STEPS, STOP_TOKEN, edited, scalars, train
 
 ACCURACIES = {"acc@1", "acc@2", "acc@3"}
 
@@ -79,7 +82,11 @@ def test_log_lines_and_mfu(raw: dict[str, Any], capsys: pytest.CaptureFixture[st
 
 
 def test_a_decoder_run_learns_and_is_exported(raw: dict[str, Any], target_folder: Path, tmp_path: Path) -> None:
+    target = shutil.copytree(target_folder, tmp_path / "target")
+    generation = {"do_sample": False, "eos_token_id": STOP_TOKEN}
+    (target / "generation_config.json").write_text(json.dumps(generation))
     changes = {"kind": "causal_lm", "target.init": "random", "draft": None, "loss": None, "data.num_anchors": None}
+    changes |= {"target.path": str(target)}
     changes |= {"optimizer.learning_rate": 1e-2, "training.steps": 20, "optimizer.weight_decay": 0.1}
     changes |= {"evaluation.every_steps": 20}
     run = train(edited(raw, changes))
@@ -88,8 +95,11 @@ def test_a_decoder_run_learns_and_is_exported(raw: dict[str, Any], target_folder
     assert found["train/loss"][1] == pytest.approx(math.log(64), rel=0.05)
     assert found["eval/loss"][20] < 3.3
     assert found["eval/perplexity"][20] == pytest.approx(math.exp(found["eval/loss"][20]), rel=1e-5)
-    flax_to_hf([str(run), str(tmp_path / "hf"), "--step", "best"])
-    assert read_target_config(tmp_path / "hf") == read_target_config(target_folder)
+    out = tmp_path / "hf"
+    flax_to_hf([str(run), str(out), "--step", "best"])
+    assert read_target_config(out) == read_target_config(target_folder)
+    assert stop_token_ids(out) == (STOP_TOKEN,) == stop_token_ids(target_folder)
+    assert json.loads((out / "generation_config.json").read_text()) == generation
 
 
 def test_flops_of_a_step_by_hand() -> None:

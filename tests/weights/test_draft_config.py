@@ -53,6 +53,11 @@ def test_export_has_the_keys_servers_read() -> None:
     assert "is_causal" not in raw
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_draft_may_call_its_missing_head_tied(tied: bool) -> None:
+    assert read(draft_config_to_hf(draft_config()) | {"tie_word_embeddings": tied}) == draft_config()
+
+
 def test_export_says_bidirectional_only_where_sliding_layers_are() -> None:
     causal, bidirectional = (draft_config_to_hf(draft_config(**MIXED, sliding_causal=x)) for x in (True, False))
     assert "is_causal" not in causal
@@ -103,7 +108,7 @@ def test_reads_older_folders() -> None:
         ({"dflash_config": {"target_layer_ids": [3]}}, "last cannot be tapped"),
         ({"dflash_config": {"target_layer_ids": "all"}}, "list of whole numbers"),
         ({"num_target_layers": None}, "num_target_layers"),
-        ({"attention_bias": True}, "neither biases"),
+        ({"attention_bias": True}, "has no biases"),
         ({"partial_rotary_factor": 0.25}, "only 1"),
         ({"architectures": ["DFlash2DraftModel"]}, "supported is DFlashDraftModel"),
         ({"speculators_model_type": "dflash", "architectures": ["DFlashSpeculator"]}, "z-lab folder"),

@@ -20,6 +20,34 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers":
 YARN = {"rope_type": "yarn", "factor": 4.0}
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 
+# The published config.json of Qwen/Qwen2.5-7B.
+QWEN2_5_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "initializer_range": 0.02,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
 # Field read for the family -> (the rest of the config, the two values to compare).
 PERTURBED: dict[str, dict[str, tuple[dict[str, Any], Any, Any]]] = {
     "qwen3": {
@@ -254,3 +282,11 @@ def test_a_config_that_the_family_cannot_carry_is_refused() -> None:
         decoder_config_to_hf(replace(read(), causal=False))
     with pytest.raises(InputError, match="qk_norm is True"):
         decoder_config_to_hf(replace(read(model_type="llama"), qk_norm=True))
+
+
+def test_qwen2_5_is_read_as_published() -> None:
+    config = decoder_config_from_hf(QWEN2_5_7B, "test")
+    assert (config.head_dim, config.attention_bias, config.qk_norm) == (128, True, False)
+    assert config.layer_types == ("full_attention",) * 28
+    with pytest.raises(InputError, match="use_mrope"):
+        decoder_config_from_hf(QWEN2_5_7B | {"use_mrope": True}, "test")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from specjax.errors import InputError
 from specjax.weights import load_target
 from specjax.weights.load_benchmark import (
     BENCHMARK_CONFIG,
@@ -37,6 +38,17 @@ def test_random_models_load_and_are_measured(tmp_path: Path) -> None:
     assert result["largest_tensor_bytes"] == 64 * 32 * 2
     assert len(result["read_all_seconds"]) == len(result["load_all_seconds"]) == 2
     assert result["ratio"] == result["load_seconds"] / result["read_seconds"]
+
+
+def test_damaged_folders_are_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    file = write_random_model(tmp_path / "m", SMALL) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"model\.safetensors: truncated or corrupt"):
+        measure_load(tmp_path / "m")
+    file.write_bytes(whole.replace(b'"BF16","shape":[32]', b'"I16" ,"shape":[32]'))
+    with pytest.raises(InputError, match="dtype I16 is not one of BF16, F16, F32, F64; use the unquantised model"):
+        measure_load(tmp_path / "m")
 
 
 @pytest.mark.skipif(not STATUS.exists(), reason="the system reports no anonymous memory")

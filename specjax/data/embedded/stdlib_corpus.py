@@ -20,8 +20,8 @@ def stdlib_conversations(
     split: Split,
     *,
     root: Path | None = None,
-    max_prompt_chars: int = 1200,
-    max_body_chars: int = 1600,
+    max_prompt_chars: int = 800,
+    max_body_chars: int = 480,
 ) -> list[Conversation]:
     """Return one conversation per function: the user gives signature and docstring, the assistant the body.
 

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from specjax.data.embedded.splitting import Conversation
 
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 MAX_LENGTH = 4096
 PAD, TURN_START, TURN_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"
 SPECIAL_TOKENS = (PAD, TURN_START, TURN_END, MASK)

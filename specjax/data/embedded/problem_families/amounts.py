@@ -21,7 +21,6 @@ GOODS = (
 SWEETS = ("sweets", "marbles", "cards", "stickers", "shells", "nuts", "coins", "buttons", "beads", "cherries")
 TREATS = ("bicycle", "guitar", "camera", "tent", "drum", "watch", "telescope", "scooter", "keyboard", "kite")
 GROUPS = ("friends", "children", "cousins", "players", "guests", "pupils")
-BOXES = ("boxes", "bags", "baskets", "trays", "crates", "jars")
 
 
 def _shopping(draw: Draw) -> Values:
@@ -81,21 +80,6 @@ def _weeks_to_save(draw: Draw) -> Values:
     }
 
 
-def _discount(draw: Draw) -> Values:
-    percent = draw.one_of((10, 20, 25, 50))
-    step = 100 // percent
-    price = step * draw.number(3, 160 // step)
-    return draw.people() | {
-        "percent": percent,
-        "price": price,
-        "treat": draw.one_of(TREATS),
-        "step": step,
-        "work": divide(price, step),
-        "rest": minus(price, price // step),
-        "answer": price - price // step,
-    }
-
-
 def _sharing(draw: Draw) -> Values:
     each, k, kept = draw.number(2, 12), draw.number(3, 9), draw.number(2, 20)
     return draw.people() | {
@@ -107,21 +91,6 @@ def _sharing(draw: Draw) -> Values:
         "rest": minus(each * k + kept, kept),
         "work": divide(each * k, k),
         "answer": each,
-    }
-
-
-def _leftover(draw: Draw) -> Values:
-    k, boxes = draw.number(4, 9), draw.number(2, 12)
-    left = draw.number(2, k - 1)
-    return draw.people() | {
-        "k": k,
-        "boxes": boxes,
-        "total": k * boxes + left,
-        "goods": draw.one_of(GOODS),
-        "box": draw.one_of(BOXES),
-        "work": times(boxes, k),
-        "rest": minus(k * boxes + left, k * boxes),
-        "answer": left,
     }
 
 
@@ -180,47 +149,14 @@ def _dozens(draw: Draw) -> Values:
     }
 
 
-def _fraction(draw: Draw) -> Values:
-    part, k = draw.one_of((("half", 2), ("a third", 3), ("a quarter", 4), ("a fifth", 5)))
-    each = draw.number(3, 24)
-    return draw.people() | {
-        "total": each * k,
-        "part": part,
-        "k": k,
-        "work": divide(each * k, k),
-        "rest": minus(each * k, each),
-        "answer": each * k - each,
-        "sweets": draw.one_of(SWEETS),
-    }
-
-
-def _ratio(draw: Draw) -> Values:
-    a, b, each = draw.number(2, 5), draw.number(1, 5), draw.number(2, 9)
-    return {
-        "a": a,
-        "b": b,
-        "total": (a + b) * each,
-        "split": divide((a + b) * each, a + b),
-        "work": times(each, a),
-        "add": plus(a, b),
-        "answer": a * each,
-        "colour": draw.one_of(("blue", "red", "black")),
-        "second": draw.one_of(("white", "yellow", "green")),
-    }
-
-
 DRAWS: dict[str, Callable[[Draw], Values]] = {
     "shopping": _shopping,
     "change": _change,
     "saving": _saving,
     "weeks_to_save": _weeks_to_save,
-    "discount": _discount,
     "sharing": _sharing,
-    "leftover": _leftover,
     "wages": _wages,
     "jugs": _jugs,
     "rows": _rows,
     "dozens": _dozens,
-    "fraction": _fraction,
-    "ratio": _ratio,
 }
