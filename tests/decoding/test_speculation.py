@@ -7,10 +7,21 @@ import dataclasses
 import numpy as np
 import pytest
 
-from specjax.decoding import generate
-from specjax.models.sharding import mesh_scope
-from tests.decoding.oracle import oracle, proposals, simulate
-from tests.decoding.tiny import DRAFTS, TARGET, Cases, assert_same_tokens, random_draft, random_prompts, random_target
+from specjax.decoding import DFlashDrafter, generate
+from specjax.models.sharding import SPECS, mesh_scope, put
+from tests.decoding.oracle import Mixture, oracle, proposals, simulate
+from tests.decoding.tiny import (
+    DRAFTS,
+    OTHER_TARGETS,
+    SLIDING,
+    TARGET,
+    Cases,
+    assert_same_tokens,
+    next_logits,
+    random_draft,
+    random_prompts,
+    random_target,
+)
 
 ERROR_RATES = (0.0, 0.1, 0.25, 0.5, 1.0)
 # batch, block size, drafts verified a round
@@ -127,6 +138,27 @@ def test_random_drafts_change_no_token(case: Cases, kind: str) -> None:
         for tokens, rounds in zip(result.tokens, result.rounds, strict=True):
             assert len(rounds) <= len(tokens) - 1 <= sum(rounds)
             assert all(1 <= r <= config.block_size for r in rounds)
+
+
+@pytest.mark.parametrize("kind", OTHER_TARGETS)
+def test_random_drafts_that_are_often_right_change_no_token_of_other_targets(kind: str) -> None:
+    """The expected tokens are the target's choices without a cache."""
+    target, prompts = random_target(0, OTHER_TARGETS[kind]), random_prompts(0, 3)
+    answers = generate(target, prompts, max_new_tokens=64).tokens
+    choices = [
+        [int(next_logits(target, [*prompt, *answer[:i]]).argmax()) for i in range(64)]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    assert_same_tokens(target, prompts, answers, choices)
+    rng = np.random.default_rng(0)
+    limits, stops = limits_and_stops(rng, answers)
+    table = proposals(prompts, answers, 0.0, 0, TARGET.vocab_size)
+    draft = random_draft(0, dataclasses.replace(SLIDING, block_size=6))
+    with mesh_scope():
+        known = put(rng.random(table.shape) < 0.6, SPECS.act_bt)
+        result = generate(target, prompts, Mixture(DFlashDrafter(draft), oracle(table, 6), known), limits, stops)
+    assert_same_tokens(target, prompts, result.tokens, [cut(*row) for row in zip(answers, limits, stops, strict=True)])
+    assert {1, 2, 3, 6} <= {r for rounds in result.rounds for r in rounds}
 
 
 def test_a_call_without_prompts_answers_nothing(case: Cases) -> None:

@@ -38,6 +38,12 @@ SLIDING = dataclasses.replace(
     FULL, layer_types=("sliding_attention", "full_attention"), sliding_window=5, sliding_causal=True, block_size=8
 )
 DRAFTS = {"full": FULL, "sliding": SLIDING}
+OTHER_TARGETS = {
+    "sliding": dataclasses.replace(
+        TARGET, sliding_window=6, layer_types=("sliding_attention", "full_attention", "sliding_attention")
+    ),
+    "qwen2": dataclasses.replace(TARGET, model_type="qwen2", attention_bias=True, qk_norm=False),
+}
 TIE_MARGIN = 1e-5  # of the logits' range
 
 Tokens = Sequence[Sequence[int]]

@@ -147,6 +147,21 @@ def test_muon_gives_the_same_losses_on_a_mesh(raw: dict[str, Any]) -> None:
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_moment_is_sharded_like_its_parameter(optimizer: str, raw: dict[str, Any]) -> None:
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        state = trainer(raw, optimizer__name=optimizer).state
+    params = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state.model)}
+    moments: dict[str, int] = dict.fromkeys(params, 0)
+    for path, moment in jax.tree_util.tree_leaves_with_path(state.opt_state):
+        if moment.ndim and "ns_coeffs" not in jax.tree_util.keystr(path):
+            name = max((name for name in params if jax.tree_util.keystr(path).endswith(name)), key=len)
+            assert moment.shape == params[name].shape, name
+            assert moment.sharding.is_equivalent_to(params[name].sharding, moment.ndim), name
+            moments[name] += 1
+    assert set(moments.values()) == ({2} if optimizer == "adamw" else {1, 2})
+
+
 def test_a_step_compiles_once_and_takes_nothing_from_the_host(raw: dict[str, Any]) -> None:
     with jax.set_mesh(make_mesh(2, 2, 2)):
         given = trainer(raw, 3)
