@@ -1,4 +1,4 @@
-"""The shipped target: small, readable by transformers, and right about most word problems."""
+"""The shipped target: small, readable by transformers, and able to answer word problems."""
 
 from __future__ import annotations
 

@@ -139,14 +139,14 @@ class Attention(nnx.Module):
 
     def queries(self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
         """[b, t, n, h], normed and rotated."""
-        q = self._heads(self.q_proj(x_btd, SPECS.act_btf))
+        q = self._heads(self.q_proj(x_btd, SPECS.act_btf), SPECS.act_btf)
         return apply_rotary(q if self.q_norm is None else self.q_norm(q), rotary)
 
     def keys_values(self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         """Keys (normed and rotated) and values, each [b, k, t, h]."""
         heads = self.k_proj.kernel.shape[1] // self.head_dim
         spec = SPECS.act_btf if heads % axis_size("tensor") == 0 else SPECS.act_btd
-        k, v = (self._heads(projection(x_btd, spec)) for projection in (self.k_proj, self.v_proj))
+        k, v = (self._heads(projection(x_btd, spec), spec) for projection in (self.k_proj, self.v_proj))
         k = apply_rotary(k if self.k_norm is None else self.k_norm(k), rotary)
         return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
@@ -154,8 +154,10 @@ class Attention(nnx.Module):
         b, t = attended_btnh.shape[:2]
         return self.o_proj(attended_btnh.reshape(b, t, -1), SPECS.act_btd)
 
-    def _heads(self, x: jax.Array) -> jax.Array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim)
+    def _heads(self, x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
+        # The split is the heads' also where there is only one: JAX would give it to the other axis then.
+        shape = (*x.shape[:2], x.shape[2] // self.head_dim, self.head_dim)
+        return jnp.reshape(x, shape, out_sharding=jax.sharding.PartitionSpec(*spec, None))
 
 
 class DecoderLayer(nnx.Module):

@@ -43,6 +43,7 @@ OTHER_TARGETS = {
         TARGET, sliding_window=6, layer_types=("sliding_attention", "full_attention", "sliding_attention")
     ),
     "qwen2": dataclasses.replace(TARGET, model_type="qwen2", attention_bias=True, qk_norm=False),
+    "one key/value head": dataclasses.replace(TARGET, num_key_value_heads=1),
 }
 TIE_MARGIN = 1e-5  # of the logits' range
 
