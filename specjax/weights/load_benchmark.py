@@ -68,7 +68,7 @@ def measure_load(folder: str | Path, *, repeats: int = 3) -> dict[str, Any]:
             if name == "read":
                 times[name].append(_timed(lambda: [file.read_bytes() for file in files])[0])
             else:
-                seconds, extra = _measured_load(folder, dtype)
+                seconds, extra = measured_load(folder, dtype)
                 times[name].append(seconds)
                 extras.append(extra)
     read, load = (statistics.median(times[name][1:]) for name in ("read", "load"))
@@ -108,7 +108,8 @@ def write_random_model(folder: str | Path, config: DecoderConfig = BENCHMARK_CON
     return folder
 
 
-def _measured_load(folder: Path, dtype: np.dtype) -> tuple[float, int | None]:
+def measured_load(folder: Path, dtype: np.dtype) -> tuple[float, int | None]:
+    """Seconds of `load_target`, and the peak of anonymous memory beside the loaded model, in bytes."""
     with AnonymousMemory() as memory:
         seconds, model = _timed(lambda: jax.block_until_ready(load_target(folder, dtype=dtype)))
     held = sum(shard.data.nbytes for x in jax.tree.leaves(model) for shard in x.addressable_shards)
