@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=EMBEDDED_FOLDER, help="folder of the model (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=CONFIG_WORK, help="corpus and run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation and data order")
-    parser.add_argument("--problems", type=int, default=12000, help="word problems to train on (default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=16000, help="word problems to train on (default: %(default)s)")
     parser.add_argument("--code", type=Path, help="folder of Python source (default: this Python's standard library)")
     parser.add_argument("--resume", action="store_true", help="continue what WORK holds")
     args = parser.parse_args(argv)

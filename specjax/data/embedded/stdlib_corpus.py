@@ -20,13 +20,13 @@ def stdlib_conversations(
     split: Split,
     *,
     root: Path | None = None,
-    max_prompt_chars: int = 800,
-    max_body_chars: int = 480,
+    max_prompt_chars: int = 600,
+    max_body_chars: int = 240,
 ) -> list[Conversation]:
     """Return one conversation per function: the user gives signature and docstring, the assistant the body.
 
     Functions come in the sorted order of their files. Longer ones than the limits are left out, not cut, so every
-    answer ends where the function does; so are bodies under two lines and bodies seen before.
+    answer ends where the function does; so are bodies seen before.
     `root` defaults to the running interpreter's standard library.
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
@@ -87,7 +87,7 @@ def _parts(lines: list[str], function: Function) -> tuple[str, str] | None:
         return None
     prompt = _dedented(lines[first:cut], function.col_offset)
     body = _dedented(lines[cut : function.end_lineno], function.body[0].col_offset)
-    if prompt is None or body is None or body.count("\n") < 1:
+    if prompt is None or body is None:
         return None
     return prompt, body
 

@@ -24,7 +24,7 @@ GROUPS = ("friends", "children", "cousins", "players", "guests", "pupils")
 
 
 def _shopping(draw: Draw) -> Values:
-    n, p, m, q = draw.number(2, 9), draw.number(2, 12), draw.number(2, 9), draw.number(2, 12)
+    n, p, m, q = (draw.number(2, 9) for _ in range(4))
     first, second = draw.several(GOODS, 2)
     return draw.people() | {
         "n": n,
@@ -41,7 +41,7 @@ def _shopping(draw: Draw) -> Values:
 
 
 def _change(draw: Draw) -> Values:
-    n, p = draw.number(2, 9), draw.number(2, 10)
+    n, p = draw.number(2, 9), draw.number(2, 9)
     note = draw.one_of([note for note in (20, 50, 100) if note > n * p])
     return draw.people() | {
         "n": n,
@@ -55,7 +55,7 @@ def _change(draw: Draw) -> Values:
 
 
 def _saving(draw: Draw) -> Values:
-    start, p, n = draw.number(5, 60), draw.number(2, 12), draw.number(3, 9)
+    start, p, n = draw.number(5, 40), draw.number(2, 9), draw.number(3, 9)
     return draw.people() | {
         "start": start,
         "p": p,
@@ -68,7 +68,7 @@ def _saving(draw: Draw) -> Values:
 
 
 def _weeks_to_save(draw: Draw) -> Values:
-    p, n, have = draw.number(3, 12), draw.number(2, 12), draw.number(5, 40)
+    p, n, have = draw.number(3, 9), draw.number(2, 9), draw.number(5, 40)
     return draw.people() | {
         "p": p,
         "have": have,
@@ -81,7 +81,7 @@ def _weeks_to_save(draw: Draw) -> Values:
 
 
 def _sharing(draw: Draw) -> Values:
-    each, k, kept = draw.number(2, 12), draw.number(3, 9), draw.number(2, 20)
+    each, k, kept = draw.number(2, 9), draw.number(3, 9), draw.number(2, 20)
     return draw.people() | {
         "k": k,
         "kept": kept,
@@ -95,7 +95,7 @@ def _sharing(draw: Draw) -> Values:
 
 
 def _wages(draw: Draw) -> Values:
-    rate, hours, bonus = draw.number(6, 15), draw.number(3, 9), draw.number(5, 30)
+    rate, hours, bonus = draw.number(5, 9), draw.number(3, 9), draw.number(5, 30)
     return draw.people() | {
         "rate": rate,
         "hours": hours,
@@ -110,7 +110,7 @@ def _wages(draw: Draw) -> Values:
 
 
 def _jugs(draw: Draw) -> Values:
-    k, n = draw.number(2, 6), draw.number(3, 11)
+    k, n = draw.number(2, 9), draw.number(3, 9)
     juice = draw.number(2, k * n - 2)
     return draw.people() | {
         "juice": juice,
@@ -124,7 +124,7 @@ def _jugs(draw: Draw) -> Values:
 
 
 def _rows(draw: Draw) -> Values:
-    rows, seats, extra = draw.number(3, 9), draw.number(4, 15), draw.number(2, 25)
+    rows, seats, extra = draw.number(3, 9), draw.number(4, 9), draw.number(2, 25)
     return {
         "rows": rows,
         "seats": seats,

@@ -22,7 +22,7 @@ def _travel_time(draw: Draw) -> Values:
 
 
 def _perimeter(draw: Draw) -> Values:
-    a, b = draw.number(3, 40), draw.number(3, 40)
+    a, b = draw.number(3, 20), draw.number(3, 20)
     return draw.people() | {
         "a": a,
         "b": b,
@@ -34,7 +34,7 @@ def _perimeter(draw: Draw) -> Values:
 
 
 def _area(draw: Draw) -> Values:
-    a, b = draw.number(4, 19), draw.number(3, 9)
+    a, b = draw.number(4, 9), draw.number(3, 9)
     pond = draw.number(2, min(40, a * b - 2))
     return {
         "a": a,
@@ -49,7 +49,7 @@ def _area(draw: Draw) -> Values:
 
 
 def _trees(draw: Draw) -> Values:
-    gap, n = draw.number(2, 9), draw.number(3, 14)
+    gap, n = draw.number(2, 9), draw.number(3, 9)
     return {
         "length": gap * n,
         "gap": gap,
@@ -75,7 +75,7 @@ def _ribbon(draw: Draw) -> Values:
 
 
 def _minutes(draw: Draw) -> Values:
-    hours, extra, used = draw.number(2, 4), draw.number(5, 55), draw.number(10, 50)
+    hours, extra, used = draw.number(2, 3), draw.number(5, 55), draw.number(10, 50)
     total = 60 * hours + extra
     return draw.people() | {
         "h": hours,

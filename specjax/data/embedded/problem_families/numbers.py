@@ -8,7 +8,7 @@ THINGS = ("stamps", "cards", "marbles", "books", "shells", "stickers", "badges",
 
 
 def _more_than(draw: Draw) -> Values:
-    a, more = draw.number(5, 70), draw.number(3, 30)
+    a, more = draw.number(5, 40), draw.number(3, 30)
     return draw.people() | {
         "a": a,
         "more": more,
@@ -20,7 +20,7 @@ def _more_than(draw: Draw) -> Values:
 
 
 def _fewer_than(draw: Draw) -> Values:
-    a = draw.number(12, 80)
+    a = draw.number(12, 50)
     less = draw.number(3, a - 5)
     return draw.people() | {
         "a": a,
@@ -33,7 +33,7 @@ def _fewer_than(draw: Draw) -> Values:
 
 
 def _times_as_many(draw: Draw) -> Values:
-    a, k = draw.number(4, 25), draw.number(2, 6)
+    a, k = draw.number(3, 9), draw.number(2, 9)
     return draw.people() | {
         "a": a,
         "k": k,
@@ -45,7 +45,7 @@ def _times_as_many(draw: Draw) -> Values:
 
 
 def _parent_age(draw: Draw) -> Values:
-    child, k = draw.number(3, 15), draw.number(3, 6)
+    child, k = draw.number(3, 9), draw.number(3, 6)
     later = draw.number(2, 12)
     return draw.people() | {
         "child": child,
@@ -59,7 +59,7 @@ def _parent_age(draw: Draw) -> Values:
 
 
 def _riddle(draw: Draw) -> Values:
-    x, k, m = draw.number(2, 20), draw.number(2, 9), draw.number(2, 30)
+    x, k, m = draw.number(2, 9), draw.number(2, 9), draw.number(2, 30)
     return draw.people() | {
         "k": k,
         "m": m,
@@ -71,7 +71,7 @@ def _riddle(draw: Draw) -> Values:
 
 
 def _pages(draw: Draw) -> Values:
-    per_day, days, left = draw.number(5, 20), draw.number(3, 9), draw.number(5, 60)
+    per_day, days, left = draw.number(3, 9), draw.number(3, 9), draw.number(5, 40)
     return draw.people() | {
         "total": per_day * days + left,
         "p": per_day,
@@ -84,7 +84,7 @@ def _pages(draw: Draw) -> Values:
 
 
 def _passengers(draw: Draw) -> Values:
-    start, on = draw.number(15, 70), draw.number(3, 30)
+    start, on = draw.number(15, 60), draw.number(3, 30)
     off = draw.number(3, start - 5)
     return {
         "start": start,
@@ -98,7 +98,7 @@ def _passengers(draw: Draw) -> Values:
 
 
 def _legs(draw: Draw) -> Values:
-    two, four = draw.number(2, 20), draw.number(2, 15)
+    two, four = draw.number(2, 9), draw.number(2, 9)
     return {
         "two": two,
         "four": four,
