@@ -24,7 +24,11 @@ DEFAULT_EPOCHS = 6.0
 # Of each pair only the one in force is written.
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 
+STREAKS = ("streak", "ce_streak")
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Term = Literal["ce", "ce_argmax", "kl", "tv", "lk", "streak", "ce_streak"]
 
 
 class Section(BaseModel):
@@ -88,12 +92,43 @@ class DataConfig(Section):
 
 
 class LossConfig(Section):
-    objective: Literal["ce"] = Field("ce", description="cross-entropy with the data token")
-    weighting: Literal["exp", "uniform", "dpace"] = Field("exp", description="weights of a block's positions")
+    objective: Term | dict[Term, Positive] = Field(
+        "ce",
+        description="ce: cross-entropy with the data token; ce_argmax: with the target's choice; kl, tv, lk: distance "
+        "from its distribution; a sum of these, such as {ce: 0.5, kl: 0.5}; or streak or ce_streak",
+    )
+    weighting: Literal["exp", "uniform", "dpace"] | None = Field(
+        None, description="of a block's positions; null: exp (none with a streak, which weighs them itself)"
+    )
     gamma: float | None = Field(None, gt=0, description="exp only; null: 7, 5, 4 for block size 16, 10, 8")
     alpha: float | None = Field(None, ge=0, le=1, description="dpace only; null: 0.5")
     cumulative_mask: bool = Field(True, description="stop a block's supervision at its first unsupervised token")
     chunk_blocks: int = Field(32, ge=1, description="blocks a row whose logits exist at a time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_weighting(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("weighting") is not None:
+            return given
+        objective = given.get("objective")
+        terms = objective if isinstance(objective, Mapping) else (objective,)
+        return given if any(name in terms for name in STREAKS) else {**given, "weighting": "exp"}
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The objective as a sum."""
+        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+
+    @model_validator(mode="after")
+    def _objective_is_a_sum(self) -> LossConfig:
+        if not self.objective:
+            raise ValueError("objective is empty; name at least one term")
+        streaks = [name for name in self.terms if name in STREAKS]
+        if streaks and len(self.terms) > 1:
+            raise ValueError(f"objective adds {streaks[0]} to other terms, but it is no mean over slots; use it alone")
+        if streaks and self.weighting is not None:
+            raise ValueError(f"objective {streaks[0]} weighs a block's positions itself; drop weighting")
+        return self
 
     @model_validator(mode="after")
     def _no_ignored_setting(self) -> LossConfig:

@@ -8,7 +8,7 @@ A row holds one sample, or several if packed: documents that never see each othe
 A batch maps names to arrays, b = batch_size / process_count rows, S = max_length, N = num_anchors:
 `input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1, 2, ... on the tokens of a row's
 first, second, ... sample, 0 on padding) and, unless num_anchors is None, `anchors` int32 [b, N] and `anchor_valid`
-bool [b, N]; with a `TapCache` also `taps` [b, S, m] in the cache's dtype, 0 on padding.
+bool [b, N]; with a `TapCache` also `states` [b, S, m + d] in the cache's dtype, 0 on padding.
 """
 
 import functools
@@ -256,7 +256,7 @@ def _build_row(
         row["document_ids"][start:stop] = document
         if taps is not None and length:
             states = taps.read(sample_id, input_ids)
-            row.setdefault("taps", np.zeros((max_length, states.shape[1]), states.dtype))[start:stop] = states
+            row.setdefault("states", np.zeros((max_length, states.shape[1]), states.dtype))[start:stop] = states
         start = stop
     if num_anchors is not None:
         row["anchors"], row["anchor_valid"] = draw_anchors(

@@ -145,6 +145,7 @@ def draft_task(config: RunConfig) -> Task:
     _check_mesh(read_target_config(config.target.path))
     target = load_target(config.target.path, dtype=dtype)
     loss = BlockDiffusionLoss(
+        objective=config.loss.terms,
         weighting=config.loss.weighting,
         gamma=config.gamma,
         alpha=config.loss.alpha,

@@ -16,12 +16,12 @@ from specjax.data.taps import shard_path
 from specjax.models.decoder import Decoder
 from tests.training.tiny import edited, scalars, train, write_config, write_rows
 
-PACKED = {"data.packing": True, "draft.num_layers": 2}
+PACKED = {"data.packing": True, "draft.num_layers": 2, "loss.objective": {"ce": 0.5, "kl": 0.5}}
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "SHARD_BYTES", 8 * 24 * 256)  # one pass of 8 rows of 24 tokens
+    monkeypatch.setattr(capture_module, "SHARD_BYTES", 8 * 24 * 384)  # one pass of 8 rows of 24 tokens
 
 
 def captured(raw: dict[str, Any], out: Path) -> Path:
