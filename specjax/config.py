@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from specjax.config_messages import problems, shown
 from specjax.errors import InputError
@@ -24,11 +24,10 @@ DEFAULT_EPOCHS = 6.0
 # Of each pair only the one in force is written.
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 
-STREAKS = ("streak", "ce_streak")
+TERMS = ("ce", "ce_argmax", "kl", "tv", "lk", "streak", "ce_streak")
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Term = Literal["ce", "ce_argmax", "kl", "tv", "lk", "streak", "ce_streak"]
 
 
 class Section(BaseModel):
@@ -91,14 +90,23 @@ class DataConfig(Section):
     )
 
 
+def _sum_of_one(objective: Any) -> Any:
+    return {objective: 1.0} if isinstance(objective, str) else objective
+
+
+def _has_streak(objective: Any) -> bool:
+    return isinstance(objective, Mapping) and any("streak" in str(name) for name in objective)
+
+
 class LossConfig(Section):
-    objective: Term | dict[Term, Positive] = Field(
-        "ce",
-        description="ce: cross-entropy with the data token; ce_argmax: with the target's choice; kl, tv, lk: distance "
-        "from its distribution; a sum of these, such as {ce: 0.5, kl: 0.5}; or streak or ce_streak",
+    objective: Annotated[dict[str, Positive], BeforeValidator(_sum_of_one)] = Field(
+        {"ce": 1.0},
+        description="one of or a sum of ce: cross-entropy with the data token; ce_argmax: with the target's choice; "
+        "kl, tv, lk: distance from its distribution; or streak or ce_streak",
     )
     weighting: Literal["exp", "uniform", "dpace"] | None = Field(
-        None, description="of a block's positions; null: exp (none with a streak, which weighs them itself)"
+        None,
+        description="exp, uniform or dpace: weights of a block's positions; none with a streak, which has its own",
     )
     gamma: float | None = Field(None, gt=0, description="exp only; null: 7, 5, 4 for block size 16, 10, 8")
     alpha: float | None = Field(None, ge=0, le=1, description="dpace only; null: 0.5")
@@ -110,24 +118,20 @@ class LossConfig(Section):
     def _default_weighting(cls, given: Any) -> Any:
         if not isinstance(given, Mapping) or given.get("weighting") is not None:
             return given
-        objective = given.get("objective")
-        terms = objective if isinstance(objective, Mapping) else (objective,)
-        return given if any(name in terms for name in STREAKS) else {**given, "weighting": "exp"}
-
-    @property
-    def terms(self) -> dict[str, float]:
-        """The objective as a sum."""
-        return {self.objective: 1.0} if isinstance(self.objective, str) else dict(self.objective)
+        return given if _has_streak(_sum_of_one(given.get("objective"))) else {**given, "weighting": "exp"}
 
     @model_validator(mode="after")
     def _objective_is_a_sum(self) -> LossConfig:
-        if not self.objective:
-            raise ValueError("objective is empty; name at least one term")
-        streaks = [name for name in self.terms if name in STREAKS]
-        if streaks and len(self.terms) > 1:
-            raise ValueError(f"objective adds {streaks[0]} to other terms, but it is no mean over slots; use it alone")
-        if streaks and self.weighting is not None:
-            raise ValueError(f"objective {streaks[0]} weighs a block's positions itself; drop weighting")
+        unknown = sorted(self.objective.keys() - set(TERMS))
+        if unknown or not self.objective:
+            found = f"the term {shown(unknown[0])}" if unknown else "no term"
+            raise ValueError(f"objective has {found}; give {', '.join(TERMS)}, or a sum such as {{ce: 0.5, kl: 0.5}}")
+        if _has_streak(self.objective) and len(self.objective) > 1:
+            raise ValueError("objective adds a streak to other terms, but a streak is no mean over slots; use it alone")
+        if _has_streak(self.objective) and self.weighting is not None:
+            raise ValueError(
+                f"objective {next(iter(self.objective))} weighs a block's positions itself; drop weighting"
+            )
         return self
 
     @model_validator(mode="after")
@@ -142,7 +146,9 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: for hidden matrices, with Adam for the rest")
     learning_rate: float = Field(6e-4, gt=0, description="at its peak, after warm-up")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of Adam's running moments")
-    eps: float = Field(1e-8, gt=0, description="added to the root of Adam's second moment")
+    eps: float = Field(
+        1e-8, gt=0, description="added to the root of Adam's second moment, and to the norm that Muon divides by"
+    )
     weight_decay: float = Field(0.0, ge=0, description="on matrices; with muon on hidden ones only")
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="after warm-up: cosine decay, or constant and then linear decay"

@@ -93,6 +93,8 @@ def check(config: RunConfig) -> None:
         files = getattr(config.data, name)
         if len(files) != 1:
             raise InputError(f"data.{name} names {len(files)} files; the quickstart writes one: name one")
+    if config.training.steps is None:
+        raise InputError("training.epochs is set; the quickstart counts updates: set training.steps")
     if not config.logging.tensorboard:
         raise InputError("logging.tensorboard is false; the quickstart plots the losses written there: leave it true")
     if importlib.util.find_spec("matplotlib") is None:
@@ -105,7 +107,7 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     from specjax.models.precision import matmul_precision
     from specjax.training.capture import capture
     from specjax.training.run import draft_config_of, train
-    from specjax.weights.orbax_checkpoint import checkpoint_path
+    from specjax.weights.orbax_checkpoint import latest_step
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     draft_config_of(config)  # a draft that does not fit is refused before answers are written
@@ -118,8 +120,8 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         answer_files(config, sizes, target, tokenizer, stops, heldout)
         taps = capture(config, config.data.taps or folder / TAPS, print)
         train(config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})}), resume=True)
-        if config.training.steps is not None:
-            checkpoint_path(folder, config.training.steps)  # refuses a run that a signal stopped early
+        if latest_step(folder) != config.training.steps:
+            raise InputError(f"training stopped at step {latest_step(folder)}; continue with the same command")
         exported = folder / "draft"
         draft = weights.load_run_draft(folder, "best")
         weights.save_draft(draft, exported, fingerprint=weights.read_fingerprint(folder))

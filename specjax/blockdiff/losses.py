@@ -116,7 +116,8 @@ def block_loss(
         taught = None
         if teacher is not None:
             assert anchors is not None
-            taught = law(_label_rows(jax.lax.stop_gradient(teacher.hidden_btd), anchors, labels.shape[2]))
+            final = jax.reshard(jax.lax.stop_gradient(teacher.hidden_btd), P(rows))
+            taught = law(_label_rows(final, jax.reshard(anchors, P(rows)), labels.shape[2]))
             taught = jax.tree.map(jax.lax.stop_gradient, taught)
         return _row_sums(law(hidden), labels, mask, objective, weigh, taught)
 

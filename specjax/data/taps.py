@@ -1,10 +1,10 @@
 """A cache of the target's hidden states for a data set, so that training needs no forward pass of the target.
 
     cache.json               what was captured (`TapRecipe`) and how many shards belong to it
-    taps-00000.safetensors   `states` [tokens, m + d] of some examples, one after another: the taps side by side, then the
-                             hidden state after the final norm; `example` int64 [n], their indices in the data set;
-                             `first` int64 [n + 1], where each begins; `tokens_crc`, `states_crc` uint32 [n] as int64,
-                             CRC-32 of their token ids (int32) and of their states
+    taps-00000.safetensors   `states` [tokens, m + d] of some examples, one after another: the taps side by side, then
+                             the hidden state after the final norm; `example` int64 [n], their indices in the data
+                             set; `first` int64 [n + 1], where each begins; `tokens_crc`, `states_crc` uint32 [n] as
+                             int64, CRC-32 of their token ids (int32) and of their states
 
 A token takes (taps + 1) * hidden size * itemsize bytes: 48 KiB for five taps of Qwen3-8B in bfloat16. Shards are
 written whole or not at all, so an interrupted capture goes on where it stopped.
@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -59,6 +60,8 @@ def start_cache(folder: Path, recipe: TapRecipe, data: str, shards: int) -> list
     """
     path = folder / CACHE_FILE
     wanted = recipe.to_json() | {"data": data, "shards": shards}
+    for left_over in folder.glob("*.partial"):
+        left_over.unlink()
     if path.exists():
         _check_same(path, wanted)
     else:
@@ -106,7 +109,7 @@ def write_shard(
 
 
 class TapCache:
-    """Random access to the captured taps; safe to read from several threads.
+    """Random access to the captured states [t, width] of `dtype`; safe to read from several threads.
 
     Raises InputError where the cache is incomplete or damaged or was made with another recipe.
     """
@@ -114,6 +117,8 @@ class TapCache:
     def __init__(self, folder: str | os.PathLike[str], recipe: TapRecipe) -> None:
         self.folder = Path(folder)
         self.max_length = recipe.max_length
+        self.width = 0  # m + d
+        self.dtype = jnp.dtype(recipe.dtype)
         path = self.folder / CACHE_FILE
         if not path.exists():
             raise InputError(f"data.taps {self.folder}: no {CACHE_FILE}; write it with python -m specjax.capture")
@@ -138,6 +143,7 @@ class TapCache:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or corrupt ({error}); delete it and capture again") from error
         self._files.append(file)
+        self.width = file.get_slice("states").get_shape()[1]
         columns = np.full(len(example), shard), first[:-1], first[1:], tokens_crc, states_crc
         self._where[example] = np.stack(columns, axis=1)
 
@@ -148,7 +154,9 @@ class TapCache:
             InputError: the example's tokens are not those that were captured, or its states were damaged since.
         """
         shard, first, stop, tokens_crc, states_crc = self._where[example].tolist()
-        states: np.ndarray = self._files[shard].get_slice("states")[first:stop]
+        states = np.zeros((0, self.width), self.dtype)
+        if stop > first:  # safetensors has no empty slices
+            states = self._files[shard].get_slice("states")[first:stop]
         if _crc(states) != states_crc:
             path = shard_path(self.folder, shard)
             raise InputError(f"{path}: the taps of example {example} are damaged; delete the file and capture again")

@@ -52,8 +52,9 @@ def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lam
         width = (len(recipe.target_layer_ids) + 1) * read_target_config(config.target.path).hidden_size
         token_bytes = width * jnp.dtype(recipe.dtype).itemsize
         rows = config.training.batch_size // config.training.accumulation_steps
-        passes = max(1, SHARD_BYTES // (rows * recipe.max_length * token_bytes))
-        shards = [range(i, min(i + passes * rows, len(plan))) for i in range(0, len(plan), passes * rows)]
+        # Of the bytes alone: a capture may be continued with another batch size.
+        shard_rows = max(1, SHARD_BYTES // (recipe.max_length * token_bytes))
+        shards = [range(i, min(i + shard_rows, len(plan))) for i in range(0, len(plan), shard_rows)]
         missing = start_cache(out, recipe, digest, len(shards))
         say(f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} shards to write")
         if missing:
@@ -77,7 +78,7 @@ def _read_through(examples: Examples, max_length: int) -> tuple[np.ndarray, str]
 def _captured(
     run: Callable[[Batch], jax.Array], examples: Examples, plan: RowPlan, rows: Sequence[int], size: int, length: int
 ) -> tuple[list[int], list[np.ndarray], list[np.ndarray]]:
-    """Indices, tokens [t] and states [t, m + d] of every example of the plan's `rows`, `size` rows of `length` a pass."""
+    """Indices, tokens [t] and states [t, m + d] of the examples in the `rows` of the plan, `size` rows a pass."""
     ids: list[int] = []
     tokens: list[np.ndarray] = []
     states: list[np.ndarray] = []

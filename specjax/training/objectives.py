@@ -20,7 +20,7 @@ from specjax.training.step import Batch, LossSums
 LM_CHUNK = 64  # tokens of a row whose logits exist at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed as an object: a mapping has no hash
 class BlockDiffusionLoss:
     """Settings of the draft's loss; see `blockdiff.losses.block_loss`."""
 

@@ -191,7 +191,7 @@ def test_the_two_historical_bugs_are_seen(
         assert_close(loss_sums(case), reference_sums(case, data_label(case)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nudged(BlockDiffusionLoss):
     """The loss with something added to the target's taps, also where they enter without a gradient."""
 
