@@ -156,6 +156,7 @@ def answer_files(
     Validation prompts are held-out ones of both domains, beyond those that the draft is measured on.
     """
     from specjax import weights
+    from specjax.weights.config_fields import read_json
 
     train_file, validation_file = Path(config.data.train[0]), Path(config.data.validation[0])
     recipe = train_file.with_name("recipe.json")
@@ -166,7 +167,7 @@ def answer_files(
         "max_new_tokens": sizes.max_new_tokens,
     }
     if recipe.exists():
-        if json.loads(recipe.read_text(encoding="utf-8")) != wanted:
+        if read_json(recipe) != wanted:
             raise InputError(
                 f"{recipe}: answers of other settings or another target; delete {recipe.parent} and {config.output_dir}"
             )
@@ -182,7 +183,9 @@ def answer_files(
         write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)
     for path, part in parts.items():
         os.replace(part, path)
-    recipe.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    part = recipe.with_name(f"{recipe.name}.partial")
+    part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, recipe)
 
 
 def write_answers(path: Path, target: Decoder, prompts: Prompts, stops: tuple[int, ...], max_new_tokens: int) -> None:
