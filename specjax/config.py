@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from specjax.config_messages import problems, shown
 from specjax.errors import InputError
@@ -24,7 +24,10 @@ DEFAULT_EPOCHS = 6.0
 # Of each pair only the one in force is written.
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 
+TERMS = ("ce", "ce_argmax", "kl", "tv", "lk", "streak", "ce_streak")
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -87,13 +90,49 @@ class DataConfig(Section):
     )
 
 
+def _sum_of_one(objective: Any) -> Any:
+    return {objective: 1.0} if isinstance(objective, str) else objective
+
+
+def _has_streak(objective: Any) -> bool:
+    return isinstance(objective, Mapping) and any("streak" in str(name) for name in objective)
+
+
 class LossConfig(Section):
-    objective: Literal["ce"] = Field("ce", description="cross-entropy with the data token")
-    weighting: Literal["exp", "uniform", "dpace"] = Field("exp", description="weights of a block's positions")
+    objective: Annotated[dict[str, Positive], BeforeValidator(_sum_of_one)] = Field(
+        {"ce": 1.0},
+        description="one of or a sum of ce: cross-entropy with the data token; ce_argmax: with the target's choice; "
+        "kl, tv, lk: distance from its distribution; or streak or ce_streak",
+    )
+    weighting: Literal["exp", "uniform", "dpace"] | None = Field(
+        None,
+        description="exp, uniform or dpace: weights of a block's positions; none with a streak, which has its own",
+    )
     gamma: float | None = Field(None, gt=0, description="exp only; null: 7, 5, 4 for block size 16, 10, 8")
     alpha: float | None = Field(None, ge=0, le=1, description="dpace only; null: 0.5")
     cumulative_mask: bool = Field(True, description="stop a block's supervision at its first unsupervised token")
     chunk_blocks: int = Field(32, ge=1, description="blocks a row whose logits exist at a time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_weighting(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("weighting") is not None:
+            return given
+        return given if _has_streak(_sum_of_one(given.get("objective"))) else {**given, "weighting": "exp"}
+
+    @model_validator(mode="after")
+    def _objective_is_a_sum(self) -> LossConfig:
+        unknown = sorted(self.objective.keys() - set(TERMS))
+        if unknown or not self.objective:
+            found = f"the term {shown(unknown[0])}" if unknown else "no term"
+            raise ValueError(f"objective has {found}; give {', '.join(TERMS)}, or a sum such as {{ce: 0.5, kl: 0.5}}")
+        if _has_streak(self.objective) and len(self.objective) > 1:
+            raise ValueError("objective adds a streak to other terms, but a streak is no mean over slots; use it alone")
+        if _has_streak(self.objective) and self.weighting is not None:
+            raise ValueError(
+                f"objective {next(iter(self.objective))} weighs a block's positions itself; drop weighting"
+            )
+        return self
 
     @model_validator(mode="after")
     def _no_ignored_setting(self) -> LossConfig:
@@ -107,7 +146,9 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: for hidden matrices, with Adam for the rest")
     learning_rate: float = Field(6e-4, gt=0, description="at its peak, after warm-up")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="decay of Adam's running moments")
-    eps: float = Field(1e-8, gt=0, description="added to the root of Adam's second moment")
+    eps: float = Field(
+        1e-8, gt=0, description="added to the root of Adam's second moment, and to the norm that Muon divides by"
+    )
     weight_decay: float = Field(0.0, ge=0, description="on matrices; with muon on hidden ones only")
     schedule: Literal["cosine", "wsd"] = Field(
         "cosine", description="after warm-up: cosine decay, or constant and then linear decay"

@@ -93,6 +93,8 @@ def check(config: RunConfig) -> None:
         files = getattr(config.data, name)
         if len(files) != 1:
             raise InputError(f"data.{name} names {len(files)} files; the quickstart writes one: name one")
+    if config.training.steps is None:
+        raise InputError("training.epochs is set; the quickstart counts updates: set training.steps")
     if not config.logging.tensorboard:
         raise InputError("logging.tensorboard is false; the quickstart plots the losses written there: leave it true")
     if importlib.util.find_spec("matplotlib") is None:
@@ -105,7 +107,7 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     from specjax.models.precision import matmul_precision
     from specjax.training.capture import capture
     from specjax.training.run import draft_config_of, train
-    from specjax.weights.orbax_checkpoint import checkpoint_path
+    from specjax.weights.orbax_checkpoint import latest_step
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     draft_config_of(config)  # a draft that does not fit is refused before answers are written
@@ -118,8 +120,8 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         answer_files(config, sizes, target, tokenizer, stops, heldout)
         taps = capture(config, config.data.taps or folder / TAPS, print)
         train(config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})}), resume=True)
-        if config.training.steps is not None:
-            checkpoint_path(folder, config.training.steps)  # refuses a run that a signal stopped early
+        if latest_step(folder) != config.training.steps:
+            raise InputError(f"training stopped at step {latest_step(folder)}; continue with the same command")
         exported = folder / "draft"
         draft = weights.load_run_draft(folder, "best")
         weights.save_draft(draft, exported, fingerprint=weights.read_fingerprint(folder))
@@ -154,6 +156,7 @@ def answer_files(
     Validation prompts are held-out ones of both domains, beyond those that the draft is measured on.
     """
     from specjax import weights
+    from specjax.weights.config_fields import read_json
 
     train_file, validation_file = Path(config.data.train[0]), Path(config.data.validation[0])
     recipe = train_file.with_name("recipe.json")
@@ -164,7 +167,7 @@ def answer_files(
         "max_new_tokens": sizes.max_new_tokens,
     }
     if recipe.exists():
-        if json.loads(recipe.read_text(encoding="utf-8")) != wanted:
+        if read_json(recipe) != wanted:
             raise InputError(
                 f"{recipe}: answers of other settings or another target; delete {recipe.parent} and {config.output_dir}"
             )
@@ -180,7 +183,9 @@ def answer_files(
         write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)
     for path, part in parts.items():
         os.replace(part, path)
-    recipe.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    part = recipe.with_name(f"{recipe.name}.partial")
+    part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, recipe)
 
 
 def write_answers(path: Path, target: Decoder, prompts: Prompts, stops: tuple[int, ...], max_new_tokens: int) -> None:

@@ -49,6 +49,10 @@ def _initialize(**settings: object) -> None:
             f"--distributed: JAX finds no pod or scheduler here ({error}); give --coordinator, --num-processes and "
             "--process-id"
         ) from error
+    except RuntimeError as error:  # what the distributed runtime raises: no answer within its time, a name unknown
+        raise InputError(
+            f"the processes do not find each other ({error}); check --coordinator on every host"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def test_defaults_are_the_dflash_recipe(tmp_path):
     config = load(tmp_path)
     assert (config.draft.block_size, config.draft.num_layers, config.draft.num_taps) == (16, 5, 5)
     assert (config.data.num_anchors, config.data.max_length) == (512, 3072)
-    assert (config.loss.objective, config.loss.weighting, config.gamma) == ("ce", "exp", 7.0)
+    assert (config.loss.objective, config.loss.weighting, config.gamma) == ({"ce": 1.0}, "exp", 7.0)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (6e-4, (0.9, 0.95), 0.0)
     assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.min_lr_ratio) == ("cosine", 0.04, 0.1)

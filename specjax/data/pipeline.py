@@ -8,7 +8,7 @@ A row holds one sample, or several if packed: documents that never see each othe
 A batch maps names to arrays, b = batch_size / process_count rows, S = max_length, N = num_anchors:
 `input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1, 2, ... on the tokens of a row's
 first, second, ... sample, 0 on padding) and, unless num_anchors is None, `anchors` int32 [b, N] and `anchor_valid`
-bool [b, N]; with a `TapCache` also `taps` [b, S, m] in the cache's dtype, 0 on padding.
+bool [b, N]; with a `TapCache` also `states` [b, S, m + d] in the cache's dtype, 0 on padding.
 """
 
 import functools
@@ -103,7 +103,8 @@ def read_examples(
     """The examples of JSONL files: `JsonlRecords` read through a `ChatTokenizer`; see both for arguments, errors."""
     records, chat = JsonlRecords(patterns), None
     # Targets whose tokenizer cannot render a chat train on token ids alone.
-    if tokenizer is not None and (records.token_counts < 0).any():
+    unknown = np.flatnonzero(records.token_counts < 0)
+    if tokenizer is not None and any(isinstance(records[int(i)], Conversation) for i in unknown):
         chat = ChatTokenizer(tokenizer, chat_template_kwargs=chat_template_kwargs, stop_token_ids=stop_token_ids)
     return TokenizedExamples(records, chat, vocab_size=vocab_size)
 
@@ -179,7 +180,7 @@ def fixed_batches(
     if count < 1:
         raise InputError(f"evaluation samples: {count}; give at least 1")
     _check_supervision(rows, min(count, CHECKED_ROWS))
-    empty = _empty_row(max_length, num_anchors)
+    empty = _empty_row(max_length, num_anchors, None)
     batches = []
     for first in range(0, count, batch_size):
         positions = (first + process_index + process_count * j for j in range(local_size))
@@ -239,7 +240,7 @@ def _build_row(
     row_id: int,
 ) -> Batch:
     """The row at `position` of the stream, the plan's `row_id`: samples truncated, padding, anchors drawn."""
-    row = _empty_row(max_length, num_anchors)
+    row = _empty_row(max_length, num_anchors, taps)
     sample_ids = plan[row_id].tolist()
     start = 0
     for document, sample_id in enumerate(sample_ids, start=1):
@@ -254,9 +255,8 @@ def _build_row(
         row["input_ids"][start:stop] = input_ids[:length]
         row["loss_mask"][start:stop] = loss_mask[:length]
         row["document_ids"][start:stop] = document
-        if taps is not None and length:
-            states = taps.read(sample_id, input_ids)
-            row.setdefault("taps", np.zeros((max_length, states.shape[1]), states.dtype))[start:stop] = states
+        if taps is not None:
+            row["states"][start:stop] = taps.read(sample_id, input_ids)
         start = stop
     if num_anchors is not None:
         row["anchors"], row["anchor_valid"] = draw_anchors(
@@ -270,12 +270,14 @@ def _build_row(
     return row
 
 
-def _empty_row(max_length: int, num_anchors: int | None) -> Batch:
+def _empty_row(max_length: int, num_anchors: int | None, taps: TapCache | None) -> Batch:
     row = {
         "input_ids": np.zeros(max_length, np.int32),
         "loss_mask": np.zeros(max_length, bool),
         "document_ids": np.zeros(max_length, np.int32),
     }
+    if taps is not None:
+        row["states"] = np.zeros((max_length, taps.width), taps.dtype)
     if num_anchors is not None:
         row |= {"anchors": np.zeros(num_anchors, np.int32), "anchor_valid": np.zeros(num_anchors, bool)}
     return row

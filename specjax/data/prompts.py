@@ -27,7 +27,7 @@ def read_prompts(
 ) -> list[list[int]]:
     """The prompts of JSONL files, at most `limit`, as token ids.
 
-    A record is a conversation (the prompt is what precedes its last assistant turn), pre-tokenised `input_ids` with
+    A record is a conversation (the prompt is all of it, without an answer at its end), pre-tokenised `input_ids` with
     `loss_mask` (what precedes the first supervised token), or `{"prompt": text}` (one user turn; beside a
     conversation, as some data sets have it, `prompt` is left alone).
 
@@ -94,10 +94,11 @@ def _prompt(
     record = parse_record(fields, origin, vocab_size)
     if isinstance(record, Conversation):
         messages = list(record.messages)
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=len(messages))
-        if not last:
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
             raise InputError(f"{origin}: nothing precedes the assistant's turn; give the message that it answers")
-        return chat_prompt(messages[:last], tokenizer, origin, chat_template_kwargs, record.tools)
+        return chat_prompt(messages, tokenizer, origin, chat_template_kwargs, record.tools)
     supervised = record.loss_mask.nonzero()[0]
     length = int(supervised[0]) if len(supervised) else len(record.input_ids)
     if not length:

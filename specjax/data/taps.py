@@ -1,11 +1,12 @@
-"""A cache of the target's hidden states (taps) for a data set, so that training needs no forward pass of the target.
+"""A cache of the target's hidden states for a data set, so that training needs no forward pass of the target.
 
     cache.json               what was captured (`TapRecipe`) and how many shards belong to it
-    taps-00000.safetensors   taps [tokens, m] of some examples, one after another; `example` int64 [n], their indices in
-                             the data set; `first` int64 [n + 1], where each begins; `tokens_crc`, `taps_crc` uint32
-                             [n] as int64, CRC-32 of their token ids (int32) and of their taps
+    taps-00000.safetensors   `states` [tokens, m + d] of some examples, one after another: the taps side by side, then
+                             the hidden state after the final norm; `example` int64 [n], their indices in the data
+                             set; `first` int64 [n + 1], where each begins; `tokens_crc`, `states_crc` uint32 [n] as
+                             int64, CRC-32 of their token ids (int32) and of their states
 
-A token takes m * itemsize bytes, m = taps * hidden size: 40 KiB for five taps of Qwen3-8B in bfloat16. Shards are
+A token takes (taps + 1) * hidden size * itemsize bytes: 48 KiB for five taps of Qwen3-8B in bfloat16. Shards are
 written whole or not at all, so an interrupted capture goes on where it stopped.
 """
 
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -26,7 +28,7 @@ from safetensors.numpy import save_file
 from specjax.errors import InputError
 
 CACHE_FILE = "cache.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def start_cache(folder: Path, recipe: TapRecipe, data: str, shards: int) -> list
     """
     path = folder / CACHE_FILE
     wanted = recipe.to_json() | {"data": data, "shards": shards}
+    for left_over in folder.glob("*.partial"):
+        left_over.unlink()
     if path.exists():
         _check_same(path, wanted)
     else:
@@ -87,16 +91,16 @@ def _check_same(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_shard(
-    folder: Path, shard: int, examples: Sequence[int], tokens: Sequence[np.ndarray], taps: Sequence[np.ndarray]
+    folder: Path, shard: int, examples: Sequence[int], tokens: Sequence[np.ndarray], states: Sequence[np.ndarray]
 ) -> None:
-    """Writes the taps [t, m] of `examples` with tokens [t]; the file appears complete or not at all."""
+    """Writes the states [t, m + d] of `examples` with tokens [t]; the file appears complete or not at all."""
     first = np.cumsum([0, *map(len, tokens)])
     arrays = {
-        "taps": np.concatenate(taps),
+        "states": np.concatenate(states),
         "example": np.asarray(examples, np.int64),
         "first": first.astype(np.int64),
         "tokens_crc": np.array([_crc(x.astype(np.int32)) for x in tokens], np.int64),
-        "taps_crc": np.array([_crc(x) for x in taps], np.int64),
+        "states_crc": np.array([_crc(x) for x in states], np.int64),
     }
     path = shard_path(folder, shard)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -105,7 +109,7 @@ def write_shard(
 
 
 class TapCache:
-    """Random access to the captured taps; safe to read from several threads.
+    """Random access to the captured states [t, width] of `dtype`; safe to read from several threads.
 
     Raises InputError where the cache is incomplete or damaged or was made with another recipe.
     """
@@ -113,11 +117,13 @@ class TapCache:
     def __init__(self, folder: str | os.PathLike[str], recipe: TapRecipe) -> None:
         self.folder = Path(folder)
         self.max_length = recipe.max_length
+        self.width = 0  # m + d
+        self.dtype = jnp.dtype(recipe.dtype)
         path = self.folder / CACHE_FILE
         if not path.exists():
             raise InputError(f"data.taps {self.folder}: no {CACHE_FILE}; write it with python -m specjax.capture")
         found = _check_same(path, recipe.to_json())
-        self._where = np.full((recipe.examples, 5), -1, np.int64)  # shard, first, stop, tokens_crc, taps_crc
+        self._where = np.full((recipe.examples, 5), -1, np.int64)  # shard, first, stop, tokens_crc, states_crc
         self._files: list[Any] = []
         for shard in range(found["shards"]):
             self._open(shard)
@@ -131,33 +137,36 @@ class TapCache:
         try:
             file = safe_open(path, framework="numpy")
             file.__enter__()
-            example, first, tokens_crc, taps_crc = (
-                file.get_tensor(name) for name in ("example", "first", "tokens_crc", "taps_crc")
+            example, first, tokens_crc, states_crc = (
+                file.get_tensor(name) for name in ("example", "first", "tokens_crc", "states_crc")
             )
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: truncated or corrupt ({error}); delete it and capture again") from error
         self._files.append(file)
-        columns = np.full(len(example), shard), first[:-1], first[1:], tokens_crc, taps_crc
+        self.width = file.get_slice("states").get_shape()[1]
+        columns = np.full(len(example), shard), first[:-1], first[1:], tokens_crc, states_crc
         self._where[example] = np.stack(columns, axis=1)
 
     def read(self, example: int, input_ids: np.ndarray) -> np.ndarray:
-        """The taps [t, m] of the leading `input_ids` [t] of an example.
+        """The states [t, m + d] of the leading `input_ids` [t] of an example.
 
         Raises:
-            InputError: the example's tokens are not those that were captured, or its taps were damaged since.
+            InputError: the example's tokens are not those that were captured, or its states were damaged since.
         """
-        shard, first, stop, tokens_crc, taps_crc = self._where[example].tolist()
-        taps: np.ndarray = self._files[shard].get_slice("taps")[first:stop]
-        if _crc(taps) != taps_crc:
+        shard, first, stop, tokens_crc, states_crc = self._where[example].tolist()
+        states = np.zeros((0, self.width), self.dtype)
+        if stop > first:  # safetensors has no empty slices
+            states = self._files[shard].get_slice("states")[first:stop]
+        if _crc(states) != states_crc:
             path = shard_path(self.folder, shard)
             raise InputError(f"{path}: the taps of example {example} are damaged; delete the file and capture again")
         captured = input_ids[: self.max_length]
-        if len(captured) != len(taps) or _crc(captured.astype(np.int32)) != tokens_crc:
+        if len(captured) != len(states) or _crc(captured.astype(np.int32)) != tokens_crc:
             raise InputError(
                 f"{self.folder}: example {example} has other tokens than when its taps were captured; capture the "
                 "changed data into another folder"
             )
-        return taps
+        return states
 
 
 def _crc(array: np.ndarray) -> int:

@@ -1,4 +1,4 @@
-"""Runs the frozen target over the training data once and writes its taps for `data.taps`."""
+"""Runs the frozen target over the training data once and writes its hidden states for `data.taps`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from specjax.training.run import check_batch_size, compute_dtype, examples_of, m
 from specjax.training.step import Batch
 from specjax.weights import load_target, read_target_config
 
-SHARD_BYTES = 256 * 2**20  # of taps, about
+SHARD_BYTES = 256 * 2**20  # of states, about
 
 
 def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lambda text: None) -> Path:
-    """Writes the taps of every training example of `config` to the folder `out` and returns it.
+    """Writes the taps and final hidden state of every training example of `config` to the folder `out` and returns it.
 
     Examples are packed into rows of `data.max_length` tokens, as many rows a pass as a micro-batch has. What an earlier
     call wrote is kept.
@@ -49,16 +49,17 @@ def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lam
         recipe = tap_recipe(config, len(examples))
         lengths, digest = _read_through(examples, recipe.max_length)
         plan = pack(lengths, recipe.max_length, seed=0)
-        width = len(recipe.target_layer_ids) * read_target_config(config.target.path).hidden_size
+        width = (len(recipe.target_layer_ids) + 1) * read_target_config(config.target.path).hidden_size
         token_bytes = width * jnp.dtype(recipe.dtype).itemsize
         rows = config.training.batch_size // config.training.accumulation_steps
-        passes = max(1, SHARD_BYTES // (rows * recipe.max_length * token_bytes))
-        shards = [range(i, min(i + passes * rows, len(plan))) for i in range(0, len(plan), passes * rows)]
+        # Of the bytes alone: a capture may be continued with another batch size.
+        shard_rows = max(1, SHARD_BYTES // (recipe.max_length * token_bytes))
+        shards = [range(i, min(i + shard_rows, len(plan))) for i in range(0, len(plan), shard_rows)]
         missing = start_cache(out, recipe, digest, len(shards))
         say(f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} shards to write")
         if missing:
             target = load_target(config.target.path, dtype=compute_dtype(config))
-            run = partial(_taps, target, tap_ids=recipe.target_layer_ids, query_chunk=config.training.attention_chunk)
+            run = partial(_states, target, tap_ids=recipe.target_layer_ids, query_chunk=config.training.attention_chunk)
             for shard in track(missing, description="capturing taps"):
                 write_shard(out, shard, *_captured(run, examples, plan, shards[shard], rows, recipe.max_length))
     return out
@@ -77,10 +78,10 @@ def _read_through(examples: Examples, max_length: int) -> tuple[np.ndarray, str]
 def _captured(
     run: Callable[[Batch], jax.Array], examples: Examples, plan: RowPlan, rows: Sequence[int], size: int, length: int
 ) -> tuple[list[int], list[np.ndarray], list[np.ndarray]]:
-    """Indices, tokens [t] and taps [t, m] of every example of the plan's `rows`, `size` rows of `length` a pass."""
+    """Indices, tokens [t] and states [t, m + d] of the examples in the `rows` of the plan, `size` rows a pass."""
     ids: list[int] = []
     tokens: list[np.ndarray] = []
-    taps: list[np.ndarray] = []
+    states: list[np.ndarray] = []
     for start in range(0, len(rows), size):
         batch = {name: np.zeros((size, length), np.int32) for name in ("input_ids", "document_ids")}
         placed: list[tuple[int, slice]] = []
@@ -93,14 +94,14 @@ def _captured(
                 placed.append((i, where))
                 ids.append(sample)
                 begin = where.stop
-        states = fetch(run({name: put(x, SPECS.act_bt) for name, x in batch.items()}))
+        passed = fetch(run({name: put(x, SPECS.act_bt) for name, x in batch.items()}))
         tokens += [batch["input_ids"][place] for place in placed]
-        taps += [states[place] for place in placed]
-    return ids, tokens, taps
+        states += [passed[place] for place in placed]
+    return ids, tokens, states
 
 
 @partial(jax.jit, static_argnames=("tap_ids", "query_chunk"))
-def _taps(target: Decoder, batch: Batch, *, tap_ids: tuple[int, ...], query_chunk: int) -> jax.Array:
-    taps = run_target(target, batch, tap_ids, query_chunk).taps
-    assert taps is not None
-    return taps
+def _states(target: Decoder, batch: Batch, *, tap_ids: tuple[int, ...], query_chunk: int) -> jax.Array:
+    output = run_target(target, batch, tap_ids, query_chunk)
+    assert output.taps is not None
+    return jnp.concatenate([output.taps, output.hidden], axis=-1)

@@ -17,7 +17,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from specjax.blockdiff.metrics import accuracy_by_position, teacher_forced_acceptance_length
 
 Metrics = dict[str, float]
-ADDITIVE = ("correct", "supervised", "prefix", "blocks", "covered", "coverable", "weight", "loss_sum")
+ADDITIVE = ("correct", "supervised", "prefix", "expected", "blocks", "covered", "coverable", "weight", "loss_sum")
 
 
 def readable(sums: Mapping[str, np.ndarray]) -> Metrics:
@@ -33,6 +33,10 @@ def readable(sums: Mapping[str, np.ndarray]) -> Metrics:
     accuracies = accuracy_by_position(sums["correct"], sums["supervised"])
     metrics |= {f"acc@{k}": float(accuracies[k]) for k in range(1, len(accuracies))}
     metrics["acceptance_length_tf"] = teacher_forced_acceptance_length(float(sums["prefix"]), float(sums["blocks"]))
+    if float(sums["expected"]):
+        metrics["acceptance_length_sampled_tf"] = teacher_forced_acceptance_length(
+            float(sums["expected"]), float(sums["blocks"])
+        )
     metrics["supervised_tokens"] = float(np.sum(sums["supervised"]))
     if "coverable" in sums:
         metrics["coverage"] = _ratio(sums["covered"], sums["coverable"])

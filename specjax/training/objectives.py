@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from specjax.blockdiff.losses import BlockLoss, block_cross_entropy
+from specjax.blockdiff.losses import BlockLoss, Teacher, block_loss
 from specjax.blockdiff.masks import context_ranges, covered_tokens, document_starts, slot_mask
 from specjax.blockdiff.noise import block_inputs
+from specjax.blockdiff.terms import needs_teacher
 from specjax.models.decoder import Decoder, DecoderOutput
 from specjax.models.dflash import DFlashDraft
 from specjax.training.step import Batch, LossSums
@@ -18,11 +20,12 @@ from specjax.training.step import Batch, LossSums
 LM_CHUNK = 64  # tokens of a row whose logits exist at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed as an object: a mapping has no hash
 class BlockDiffusionLoss:
-    """Settings of the draft's loss; see `blockdiff.losses.block_cross_entropy`."""
+    """Settings of the draft's loss; see `blockdiff.losses.block_loss`."""
 
-    weighting: str
+    objective: Mapping[str, float]
+    weighting: str | None
     gamma: float | None
     alpha: float | None
     cumulative_mask: bool
@@ -31,10 +34,17 @@ class BlockDiffusionLoss:
     remat: bool
 
     def __call__(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[jax.Array, LossSums]:
-        """Cross-entropy with the data's tokens: (sum of weighted losses, sums). The batch's `taps` spare the target."""
+        """The objective on the data's tokens: (sum of weighted losses, sums). The batch's `states` spare the target."""
         noise_ids, labels = self.blocks(draft, batch)
-        taps = batch["taps"] if "taps" in batch else self.run_target(draft, target, batch).taps
-        sums = self._sums(draft, target, batch, taps, noise_ids, labels)
+        if "states" in batch:
+            taps, final = jnp.split(
+                batch["states"], [len(draft.config.target_layer_ids) * draft.config.hidden_size], -1
+            )
+        else:
+            output = self.run_target(draft, target, batch)
+            taps, final = output.taps, output.hidden
+        teacher = Teacher(final, batch["anchors"]) if needs_teacher(self.objective) else None
+        sums = self._sums(draft, target, batch, taps, noise_ids, labels, teacher)
         covered = covered_tokens(self.slots(draft, batch), batch["anchors"], batch["loss_mask"].shape[1])
         counts = {"covered": covered.sum(dtype=jnp.float32), "coverable": batch["loss_mask"].sum(dtype=jnp.float32)}
         return sums.loss_sum, LossSums(sums.weight_sum, statistics(sums) | counts)
@@ -44,7 +54,8 @@ class BlockDiffusionLoss:
         noise_ids, _ = self.blocks(draft, batch)
         output = self.run_target(draft, target, batch)
         labels = greedy_labels(target, output.hidden, batch["anchors"], draft.config.block_size, self.chunk_blocks)
-        return self._sums(draft, target, batch, output.taps, noise_ids, labels)
+        teacher = Teacher(output.hidden, batch["anchors"])
+        return self._sums(draft, target, batch, output.taps, noise_ids, labels, teacher)
 
     def blocks(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array, jax.Array]:
         config = draft.config
@@ -72,6 +83,7 @@ class BlockDiffusionLoss:
         taps: jax.Array | None,
         noise_ids: jax.Array,
         labels: jax.Array,
+        teacher: Teacher | None,
     ) -> BlockLoss:
         documents, anchors = batch["document_ids"], batch["anchors"]
         assert taps is not None
@@ -80,11 +92,13 @@ class BlockDiffusionLoss:
         start, stop = context_ranges(documents, anchors)
         noise = target.embed(noise_ids)
         hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)
-        return block_cross_entropy(
+        return block_loss(
             hidden,
             target.head_kernel(),
             labels,
             self.slots(draft, batch),
+            objective=self.objective,
+            teacher=teacher,
             weighting=self.weighting,
             gamma=self.gamma,
             alpha=self.alpha,
@@ -104,6 +118,7 @@ def statistics(sums: BlockLoss) -> dict[str, jax.Array]:
         "correct": sums.correct_k,
         "supervised": sums.supervised_k,
         "prefix": sums.prefix_sum,
+        "expected": sums.expected_sum,
         "blocks": sums.blocks,
     }
 
@@ -147,7 +162,7 @@ class CausalLMLoss:
         # Chunks of a row are blocks whose slot 0, which the block loss leaves out, is padding.
         hidden, labels, mask = (_blocks(x) for x in (previous, tokens, supervised))
         head = model.head_kernel()
-        sums = block_cross_entropy(hidden, head, labels, mask, weighting="uniform", chunk_blocks=1)
+        sums = block_loss(hidden, head, labels, mask, weighting="uniform", chunk_blocks=1)
         correct = sums.correct_k.sum()
         return sums.loss_sum, LossSums(sums.weight_sum, {"correct": correct, "supervised": sums.supervised_k.sum()})
 

@@ -40,18 +40,19 @@ from specjax.weights import (
     load_target,
     model_folder,
     read_target_config,
+    target_digest,
     target_fingerprint,
-    weights_digest,
 )
 from specjax.weights.config_fields import read_json
 from specjax.weights.load import CONFIG_FILE as MODEL_CONFIG_FILE
-from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
+from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG, latest_step
 from specjax.weights.side_files import copy_side_files, unshaping_fields
 from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
 
 CONFIG_FILE = "config.yaml"
 METADATA_FILE = "metadata.json"
 DATA_FILE = "data.json"
+TARGET_FILE = "target.json"
 # Sections that a resumed run may change: they do not touch the sequence of updates.
 FREE_ON_RESUME = ("checkpoint", "evaluation", "logging", "mesh", "output_dir")
 
@@ -145,6 +146,7 @@ def draft_task(config: RunConfig) -> Task:
     _check_mesh(read_target_config(config.target.path))
     target = load_target(config.target.path, dtype=dtype)
     loss = BlockDiffusionLoss(
+        objective=config.loss.objective,
         weighting=config.loss.weighting,
         gamma=config.gamma,
         alpha=config.loss.alpha,
@@ -169,7 +171,11 @@ def draft_task(config: RunConfig) -> Task:
         ),
         flops_formula=flops.DFLASH_FORMULA,
         num_anchors=config.data.num_anchors,
-        files={RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config), "specjax.json": fingerprint.to_json()},
+        files={
+            RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config),
+            "specjax.json": fingerprint.to_json(),
+            TARGET_FILE: {"digest": target_digest(config.target.path)},
+        },
     )
 
 
@@ -202,10 +208,12 @@ def causal_lm_task(config: RunConfig) -> Task:
     folder = model_folder(config.target.path)
     target_config = read_target_config(folder)
     _check_mesh(target_config)
+    files = {RUN_TARGET_CONFIG: decoder_config_to_hf(target_config) | unshaping_fields(folder / MODEL_CONFIG_FILE)}
     if config.target.init == "random":
         model = jax.jit(lambda: Decoder(target_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
     else:
         model = load_target(config.target.path, dtype=dtype, param_dtype=jnp.float32)
+        files[TARGET_FILE] = {"digest": target_digest(config.target.path)}
     loss = CausalLMLoss(query_chunk=config.training.attention_chunk, remat=config.training.remat)
     return Task(
         model=model,
@@ -215,7 +223,7 @@ def causal_lm_task(config: RunConfig) -> Task:
         flops_per_step=flops.causal_lm_step_flops(target_config, _shape(config)),
         flops_formula=flops.CAUSAL_LM_FORMULA,
         num_anchors=None,
-        files={RUN_TARGET_CONFIG: decoder_config_to_hf(target_config) | unshaping_fields(folder / MODEL_CONFIG_FILE)},
+        files=files,
     )
 
 
@@ -289,7 +297,7 @@ def examples_of(config: RunConfig, patterns: tuple[str, ...]) -> TokenizedExampl
 def tap_recipe(config: RunConfig, examples: int) -> TapRecipe:
     """What the taps of the config's `examples` training examples are made of."""
     return TapRecipe(
-        target=weights_digest(config.target.path),
+        target=target_digest(config.target.path),
         target_layer_ids=draft_config_of(config).target_layer_ids,
         dtype=jnp.dtype(compute_dtype(config)).name,
         max_length=config.data.max_length,
@@ -319,7 +327,7 @@ def mesh_of(config: RunConfig) -> Iterator[None]:
 
 def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
     previous = run / CONFIG_FILE
-    if not previous.exists():
+    if latest_step(run) is None:
         return
     if not resume:
         raise InputError(f"output_dir {run} already holds a run; continue it with --resume, or choose another folder")
@@ -335,10 +343,12 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
 
 
 def _write_files(run: Path, config: RunConfig, task: Task) -> None:
+    """Checks what a run to resume was made from, then records it. What never saved a step is simply replaced."""
     data_sizes = _data_sizes(config)
+    resumes = latest_step(run) is not None
     for name, value in (task.files | {DATA_FILE: data_sizes}).items():
         path = run / name
-        if path.exists() and read_json(path) != json.loads(json.dumps(value)):
+        if resumes and path.exists() and read_json(path) != json.loads(json.dumps(value)):
             changed = (
                 "other files of data.train or data.validation than there are now; restore them"
                 if name == DATA_FILE
@@ -347,13 +357,13 @@ def _write_files(run: Path, config: RunConfig, task: Task) -> None:
             raise InputError(f"{path}: the run to resume was made with {changed} or choose another output_dir")
     try:
         run.mkdir(parents=True, exist_ok=True)
+        (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+        if config.kind == "causal_lm":
+            copy_side_files(model_folder(config.target.path), run)
+        for name, value in (task.files | {DATA_FILE: data_sizes, METADATA_FILE: run_metadata()}).items():
+            (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"output_dir {run}: cannot be made ({error.strerror}); choose another folder") from error
-    (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
-    if config.kind == "causal_lm":
-        copy_side_files(model_folder(config.target.path), run)
-    for name, value in (task.files | {DATA_FILE: data_sizes, METADATA_FILE: run_metadata()}).items():
-        (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        raise InputError(f"output_dir {run}: cannot be written ({error.strerror}); choose another folder") from error
 
 
 def _data_sizes(config: RunConfig) -> dict[str, list[int]]:
@@ -363,19 +373,19 @@ def _data_sizes(config: RunConfig) -> dict[str, list[int]]:
 
 
 def _on_first_process(action: Callable[[], None]) -> None:
-    """Runs `action` on process 0 alone; if it refuses the run, so do all processes, and none waits for another."""
-    refusal: InputError | None = None
+    """Runs `action` on process 0 alone; where it fails, all processes do, and none waits for another."""
+    failure: Exception | None = None
     if jax.process_index() == 0:
         try:
             action()
-        except InputError as error:
-            refusal = error
+        except Exception as error:  # noqa: BLE001 (raised below, once the others know)
+            failure = error
     if jax.process_count() > 1:
-        refused = multihost_utils.broadcast_one_to_all(np.array(refusal is not None))
-        if refused and refusal is None:
-            refusal = InputError("process 0 refused the run; its message says why")
-    if refusal is not None:
-        raise refusal
+        failed = multihost_utils.broadcast_one_to_all(np.array(failure is not None))
+        if failed and failure is None:
+            failure = InputError("process 0 refused the run; its message says why")
+    if failure is not None:
+        raise failure
 
 
 def _size(model: nnx.Module) -> int:

@@ -10,8 +10,8 @@ from specjax.weights.fingerprint import (
     TargetFingerprint,
     fingerprint_warning,
     read_fingerprint,
+    target_digest,
     target_fingerprint,
-    weights_digest,
 )
 from specjax.weights.hf_config import decoder_config_from_hf, decoder_config_to_hf
 from specjax.weights.load import (
@@ -48,8 +48,8 @@ __all__ = [
     "save_checkpoint",
     "save_draft",
     "save_target",
+    "target_digest",
     "target_fingerprint",
-    "weights_digest",
     "weights_dtype",
     "with_params",
 ]

@@ -20,6 +20,7 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 from specjax.weights.config_fields import read_json
+from specjax.weights.load import read_target_config
 from specjax.weights.safetensors_files import model_folder, open_sound_tensors
 
 FINGERPRINT_FILE = "specjax.json"
@@ -60,13 +61,13 @@ def target_fingerprint(
     return TargetFingerprint(_hash(values.astype(ml_dtypes.bfloat16).tobytes()), template, thinking)
 
 
-def weights_digest(path_or_id: str | Path) -> str:
-    """Hash of the first and last row of every tensor of a model folder or hub id, and of their names and shapes.
+def target_digest(path_or_id: str | Path) -> str:
+    """Hash of a target's folder or hub id: its architecture, and names, shapes, first and last rows of its tensors.
 
     Unlike the fingerprint it tells fine-tunes of one model apart, and depends on how the file stores them.
     """
     files = open_sound_tensors(model_folder(path_or_id))
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr(read_target_config(path_or_id)).encode())
     for name, info in sorted(files.infos.items()):
         digest.update(f"{name} {info.dtype} {info.shape}".encode())
         for row in (slice(0, 1), slice(-1, None)) if len(info.shape) > 1 else (slice(None),):

@@ -73,10 +73,10 @@ def read_draft_config(path_or_id: str | Path) -> DFlashConfig:
 
 
 def weights_dtype(path_or_id: str | Path) -> np.dtype:
-    """The dtype that holds every tensor of a folder exactly: the files' own, or fp32 where they mix."""
+    """The widest dtype that arrays of a folder's tensors need: the files' own; fp32 where they mix or hold F64."""
     names = {info.dtype for info in open_tensors(model_folder(path_or_id)).infos.values()}
     known = names & set(FLOAT_DTYPES)
-    return FLOAT_DTYPES[known.pop()] if len(known) == 1 else np.dtype(np.float32)
+    return FLOAT_DTYPES[known.pop()] if len(known) == 1 and known != {"F64"} else np.dtype(np.float32)
 
 
 def _load(

@@ -88,6 +88,13 @@ def load_run_draft(
     return model
 
 
+def latest_step(run: Path) -> int | None:
+    """The last step that a run has saved, read from the names of its folders; None before the first."""
+    folder = run / RUN_CHECKPOINTS
+    steps = (int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else ()
+    return max(steps, default=None)
+
+
 def checkpoint_path(run: Path, step: Literal["best"] | int | None) -> Path:
     """The folder of a run's checkpoint; errors as `load_run_params`'s."""
     with ocp.training.Checkpointer((run / RUN_CHECKPOINTS).absolute()) as checkpointer:

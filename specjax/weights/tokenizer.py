@@ -63,7 +63,9 @@ def resolve_mask_token_id(
     elif tokenizer.mask_token_id is not None:
         mask, origin = tokenizer.mask_token_id, "the tokenizer's mask token"
     else:
-        mask, origin = len(tokenizer), "the first embedding row without a token"
+        taken_ids = set(tokenizer.get_vocab().values())
+        unused = (i for i in range(vocab_size) if i not in taken_ids)
+        mask, origin = next(unused, vocab_size), "the first embedding row without a token"
     if not 0 <= mask < vocab_size:
         raise InputError(f"{origin} is {mask}, outside the embedding's {vocab_size} rows; set draft.mask_token_id")
     taken = {"stop": set(stop_ids)}

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.blockdiff.losses import BlockLoss, block_cross_entropy, dpace_weights, position_weights
+from specjax.blockdiff.losses import BlockLoss, block_loss
+from specjax.blockdiff.weightings import dpace_weights, position_weights
 from specjax.models.sharding import SPECS, make_mesh, put
 from tests.blockdiff.reference import ReferenceLoss, reference_loss
 
@@ -49,7 +50,7 @@ def loss_and_gradients(
     inputs: tuple[np.ndarray, ...], weighting: str, chunk_blocks: int
 ) -> tuple[BlockLoss, jax.Array, jax.Array]:
     def loss_sum(*arguments: jax.Array) -> tuple[jax.Array, BlockLoss]:
-        out = block_cross_entropy(*arguments, weighting=weighting, chunk_blocks=chunk_blocks, **SETTINGS[weighting])
+        out = block_loss(*arguments, weighting=weighting, chunk_blocks=chunk_blocks, **SETTINGS[weighting])
         return out.loss_sum, out
 
     arguments = [put(x, spec) for x, spec in zip(inputs, SPECS_IN_ORDER, strict=True)]
@@ -94,7 +95,7 @@ def test_every_mesh_gives_the_same_values(inputs: tuple[np.ndarray, ...], shape:
 
 def test_a_sharded_vocabulary_is_never_gathered(inputs: tuple[np.ndarray, ...]):
     def loss_sum(*arguments: jax.Array) -> jax.Array:
-        return block_cross_entropy(*arguments, weighting="dpace", chunk_blocks=2).loss_sum
+        return block_loss(*arguments, weighting="dpace", chunk_blocks=2).loss_sum
 
     with jax.set_mesh(make_mesh(1, 1, 8)):
         arguments = [put(x, spec) for x, spec in zip(inputs, SPECS_IN_ORDER, strict=True)]
@@ -124,9 +125,7 @@ def test_gradient_equals_finite_differences(inputs: tuple[np.ndarray, ...], weig
 
         @jax.jit
         def loss_sum(hidden: jax.Array) -> jax.Array:
-            out = block_cross_entropy(
-                hidden, head, *inputs[2:], weighting=weighting, chunk_blocks=2, **SETTINGS[weighting]
-            )
+            out = block_loss(hidden, head, *inputs[2:], weighting=weighting, chunk_blocks=2, **SETTINGS[weighting])
             return out.loss_sum
 
         direction = jax.random.normal(jax.random.key(0), hidden.shape, jnp.float64)
@@ -142,9 +141,7 @@ def test_dpace_without_smoothing_climbs_the_expected_prefix_length(inputs: tuple
         supervised = jnp.asarray(mask[:, :, 1:])
 
         def loss_sum(hidden: jax.Array) -> jax.Array:
-            return block_cross_entropy(
-                hidden, head, labels, mask, weighting="dpace", alpha=0.0, chunk_blocks=2
-            ).loss_sum
+            return block_loss(hidden, head, labels, mask, weighting="dpace", alpha=0.0, chunk_blocks=2).loss_sum
 
         @jax.jit
         def negative_prefix_length(hidden: jax.Array) -> jax.Array:
@@ -166,7 +163,7 @@ def test_logits_of_all_blocks_never_exist(of_head: bool):
     arguments += [jax.ShapeDtypeStruct((b, n, block_size), dtype) for dtype in (jnp.int32, jnp.bool)]
 
     def loss_sum(*arguments: jax.Array) -> jax.Array:
-        return block_cross_entropy(*arguments, weighting="dpace", chunk_blocks=chunk).loss_sum
+        return block_loss(*arguments, weighting="dpace", chunk_blocks=chunk).loss_sum
 
     argnums = (0, 1) if of_head else 0
     memory = jax.jit(jax.grad(loss_sum, argnums)).lower(*arguments).compile().memory_analysis()
@@ -206,4 +203,4 @@ def test_dpace_weights_leave_out_unsupervised_slots():
 )
 def test_settings_that_cannot_be_meant_are_refused(inputs: tuple[np.ndarray, ...], settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        block_cross_entropy(*map(jnp.asarray, inputs), **{"chunk_blocks": 2, **settings})
+        block_loss(*map(jnp.asarray, inputs), **{"chunk_blocks": 2, **settings})

@@ -18,6 +18,7 @@ from specjax.data.embedded import stdlib_conversations, train_tokenizer, word_pr
 from specjax.data.embedded.problem_families import FAMILIES, Family
 from specjax.data.embedded.problem_families.drawing import Draw
 from specjax.data.embedded.splitting import Conversation
+from specjax.errors import InputError
 
 PACKAGE = Path(sys.modules["specjax.data.embedded"].__file__ or "").parent
 REPOSITORY = PACKAGE.parents[2]
@@ -164,7 +165,7 @@ def test_too_many_problems_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     only = Family("only", lambda draw: {"answer": 4}, "What is 2 + 2?", "2 + 2 = 4")
     module = sys.modules[word_problems.__module__]
     monkeypatch.setattr(module, "FAMILIES", (only,))
-    with pytest.raises(ValueError, match="count is 2"):
+    with pytest.raises(InputError, match="count is 2"):
         word_problems(2, 0, "train")
 
 

@@ -305,9 +305,9 @@ def packed_and_apart():
 def test_a_packed_row_has_the_loss_of_its_documents_apart(models, packed_and_apart, kind):
     target, draft = models
     if kind == "dflash":
-        loss = BlockDiffusionLoss(
-            weighting="exp", gamma=4.0, alpha=None, cumulative_mask=True, chunk_blocks=8, query_chunk=64, remat=False
-        )
+        objective = {"ce": 0.5, "kl": 0.5}
+        settings = {"gamma": 4.0, "alpha": None, "cumulative_mask": True, "chunk_blocks": 8, "query_chunk": 64}
+        loss = BlockDiffusionLoss(objective, "exp", **settings, remat=False)
         arguments = (draft, target)
     else:
         loss, arguments = CausalLMLoss(query_chunk=64, remat=False), (target, None)

@@ -232,6 +232,8 @@ def test_token_ids_need_no_chat_template(tmp_path, make_tokenizer, chatml):
     tokenizer.chat_template = None
     path = write_jsonl(tmp_path / "a.jsonl", pretokenized(make_source(3)))
     assert len(read_examples([path], tokenizer)) == 3
+    behind = [{"id": i, **record} for i, record in enumerate(pretokenized(make_source(3)))]
+    assert len(read_examples([write_jsonl(tmp_path / "behind.jsonl", behind)], tokenizer)) == 3
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
     path = write_jsonl(tmp_path / "b.jsonl", [*pretokenized(make_source(3)), {"messages": turns}])
     with pytest.raises(InputError, match="it has no chat template; add one to its folder or pre-tokenise"):

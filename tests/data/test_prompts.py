@@ -41,7 +41,7 @@ def written(path: Path, *records: Any) -> Path:
     [
         ({"messages": [USER, ASSISTANT]}, FIRST + OPENING),
         ({"messages": [USER]}, FIRST + OPENING),
-        ({"messages": [USER, ASSISTANT, MORE]}, FIRST + OPENING),
+        ({"messages": [USER, ASSISTANT, MORE]}, WHOLE + OPENING),
         ({"messages": [USER, ASSISTANT, MORE, ASSISTANT]}, WHOLE + OPENING),
         ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes?"}]}, FIRST + OPENING),
         ({"prompt": "hi"}, FIRST + OPENING),
@@ -49,7 +49,7 @@ def written(path: Path, *records: Any) -> Path:
     ],
     ids=["answered", "open", "open after an answer", "two turns", "ShareGPT", "prompt", "prompt beside messages"],
 )
-def test_text_ends_where_the_last_answer_begins(
+def test_text_ends_where_an_answer_begins(
     record: dict[str, Any], text: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     (prompt,) = read_prompts([written(tmp_path / "p.jsonl", record)], tokenizer)

@@ -37,9 +37,9 @@ def random_request(seed: int, longest: int, most_new: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("drafted", [False, True])
 def test_a_bucket_is_compiled_once(drafted: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Other prompts, lengths, limits, stops and weights compile nothing at all; another bucket compiles once."""
     for function in (prefill, decode):
         function.clear_cache()  # other tests decode these shapes too: what is counted here is compiled here
-    """Other prompts, lengths, limits, stops and weights compile nothing at all; another bucket compiles once."""
 
     def models(seed: int) -> dict[str, Any]:
         return {"target": random_target(seed), "draft": random_draft(seed, FULL) if drafted else None}

@@ -61,6 +61,7 @@ def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs
         ([PROMPT], {"stop_token_ids": [96]}, "prompt 0: stop token id 96 is outside the target's vocabulary"),
         ([PROMPT, PROMPT], {"stop_token_ids": [[1], [-2]]}, "prompt 1: stop token id -2 is outside"),
         ([PROMPT, PROMPT], {"stop_token_ids": [[1]]}, "stop_token_ids has 1 entries for 2 prompts"),
+        ([PROMPT], {"stop_token_ids": 3}, "stop_token_ids is 3; give a list of integers, or one such list a prompt"),
         ([PROMPT], {"stop_token_ids": "</s>"}, "stop_token_ids is '</s>'; give a list of integers"),
         ([PROMPT], {"temperature": 0.7}, "temperature is 0.7 and seed 0; only greedy decoding is available"),
         ([PROMPT], {"seed": 3}, "temperature is 0.0 and seed 3; only greedy decoding is available"),

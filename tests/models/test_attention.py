@@ -144,3 +144,20 @@ def test_a_row_that_sees_nothing_is_finite_forward_and_backward() -> None:
     everywhere = put(np.ones((ROWS, BLOCKS, QUERIES, 1, 1), bool), SPECS.shared_own_keys_bNkjh)
     out, gradients = output_and_gradients(queries, segments, everywhere, 1024)
     assert all(np.isfinite(x).all() for x in (out, *gradients))
+
+
+def test_the_scores_of_all_blocks_never_exist() -> None:
+    """Compiled memory of value and gradients stays near one chunk's scores, far below those of all queries."""
+    blocks, size, context, heads, kv_heads, chunk = 256, 8, 1024, 4, 2, 64
+    with jax.set_mesh(make_mesh()):
+        shapes = ((1, blocks, size, heads, 8), (1, kv_heads, context, 8), (1, blocks, kv_heads, size, 8))
+        queries, shared, own = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+        bounds = jax.ShapeDtypeStruct((1, blocks, size), jnp.int32)
+
+        def total(queries: jax.Array, shared: jax.Array, own: jax.Array, bounds: jax.Array) -> jax.Array:
+            segments = [KeySegment(keys, keys, jnp.zeros_like(bounds), bounds) for keys in (shared, own)]
+            return attention(queries, segments, scale=SCALE, query_chunk=chunk).sum()
+
+        compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(queries, shared, own, bounds).compile()
+    all_scores = 4 * heads * blocks * size * (context + size)
+    assert compiled.memory_analysis().temp_size_in_bytes < all_scores / 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ from specjax.data.taps import shard_path
 from specjax.models.decoder import Decoder
 from tests.training.tiny import edited, scalars, train, write_config, write_rows
 
-PACKED = {"data.packing": True, "draft.num_layers": 2}
+PACKED = {"data.packing": True, "draft.num_layers": 2, "loss.objective": {"ce": 0.5, "kl": 0.5}}
 
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture_module, "SHARD_BYTES", 8 * 24 * 256)  # one pass of 8 rows of 24 tokens
+    monkeypatch.setattr(capture_module, "SHARD_BYTES", 8 * 24 * 384)  # one pass of 8 rows of 24 tokens
 
 
 def captured(raw: dict[str, Any], out: Path) -> Path:
@@ -61,6 +62,7 @@ def test_an_interrupted_capture_goes_on_and_gives_the_same_bytes(
         captured(raw, tmp_path / "parts")
     monkeypatch.setattr(capture_module, "write_shard", lambda *a: (written.append(a[1]), write(*a)))
     parts = captured(raw, tmp_path / "parts")
+    captured(edited(raw, {"training.batch_size": 4}), tmp_path / "parts")  # the shards are the same, and all there
     assert written == sorted(set(written))
     assert sorted(path.name for path in parts.iterdir()) == names
     for name in names:
@@ -101,6 +103,11 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
     assert "target_layer_ids is [2, 0], the run has [1, 2]; restore these settings" in error_of(captured, other, taps)
     assert "target_layer_ids is [2, 0], the run has [1, 2]" in error_of(train, edited(other, {"data.taps": str(taps)}))
     params = edited(raw, {"target.path": str(other_target), "data.taps": str(taps)})
+    assert "was captured for another run: target is" in error_of(train, params)
+    other_config = shutil.copytree(target_folder, tmp_path / "other config")
+    config = json.loads((other_config / "config.json").read_text())
+    (other_config / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    params = edited(raw, {"target.path": str(other_config), "data.taps": str(taps)})
     assert "was captured for another run: target is" in error_of(train, params)
     changed = write_rows(tmp_path / "changed.jsonl", 20, seed=9)
     message = error_of(train, edited(raw, {"data.taps": str(taps), "data.train": [str(changed)]}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from specjax.training import objectives
 from specjax.training.evaluation import causal_lm_evaluator, draft_evaluator
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.weights import load_target, save_target
+from tests.blockdiff.reference import softmax
 from tests.models.torch_weights import filled
 from tests.torch_draft import TorchDraft, randomised
 from tests.training.tiny import MASK_TOKEN, TARGET_SHAPE, VOCABULARY
@@ -34,7 +36,9 @@ DOCUMENTS = np.array([[1] * 9 + [2] * 40 + [0] * 21, [1] * 70], np.int32)
 STARTS = np.array([[0] * 9 + [9] * 40 + [49] * 21, [0] * 70], np.int32)
 ANCHORS = np.array([[3, 6, 11, 20, 26, 33, 0], [1, 7, 18, 40, 55, 67, 0]], np.int32)
 VALID = np.array([[True] * 6 + [False]] * 2)
-LOSS = BlockDiffusionLoss("exp", GAMMA, None, cumulative_mask=True, chunk_blocks=2, query_chunk=16, remat=True)
+LOSS = BlockDiffusionLoss(
+    {"ce": 1.0}, "exp", GAMMA, None, cumulative_mask=True, chunk_blocks=2, query_chunk=16, remat=True
+)
 LM_LOSS = CausalLMLoss(query_chunk=16, remat=True)
 
 Sums = dict[str, np.ndarray]
@@ -101,7 +105,10 @@ def case(few_words: Path) -> Case:
 
 
 def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
-    """The block loss's sums, slot by slot; `label(row, position)` is what a block is to predict there."""
+    """The block loss's sums, slot by slot; `label(row, position)` is what a block is to predict there.
+
+    expected: of the leading slots accepted when drafts are sampled, at the overlap of draft and target.
+    """
     noise_ids = np.full((ROWS, ANCHORS.shape[1], BLOCK), MASK_TOKEN)
     noise_ids[..., 0] = np.take_along_axis(case.tokens, ANCHORS, 1)
     start = np.take_along_axis(STARTS, ANCHORS, 1)
@@ -110,10 +117,10 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
         hidden = case.torch_draft(case.taps, *inputs, torch.tensor(start), torch.tensor(ANCHORS))
     logits = hidden.double().numpy() @ case.head
     sums: Sums = {name: np.zeros(BLOCK) for name in ("correct", "supervised")}
-    sums |= {name: np.zeros(()) for name in ("loss_sum", "weight", "prefix", "blocks")}
+    sums |= {name: np.zeros(()) for name in ("loss_sum", "weight", "prefix", "expected", "blocks")}
     covered: set[tuple[int, int]] = set()
     for row, j in np.argwhere(VALID):
-        anchor, matching, prefix = ANCHORS[row, j], True, 1
+        anchor, matching, prefix, reached, expected = ANCHORS[row, j], True, 1, 1.0, 1.0
         for k in range(1, BLOCK):
             x = anchor + k
             if x >= LENGTH or DOCUMENTS[row, x] != DOCUMENTS[row, anchor] or not case.loss_mask[row, x]:
@@ -127,10 +134,13 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
             sums["correct"][k] += scores.argmax() == wanted
             matching = matching and scores.argmax() == wanted
             prefix += matching
+            reached *= np.minimum(softmax(scores), softmax(case.logits[row, x - 1])).sum()
+            expected += reached
         else:
             k = BLOCK
         sums["blocks"] += k > 1
         sums["prefix"] += prefix if k > 1 else 0
+        sums["expected"] += expected if k > 1 else 0
     return sums | {"covered": np.array(len(covered)), "coverable": case.loss_mask.sum()}
 
 
@@ -151,7 +161,7 @@ def data_label(case: Case) -> Callable[[int, int], int]:
 
 
 def test_the_draft_loss_is_that_of_the_plain_loop(case: Case) -> None:
-    expected = reference_sums(case, data_label(case))
+    expected = reference_sums(case, data_label(case)) | {"expected": np.zeros(())}  # there is no teacher
     assert expected["supervised"][BLOCK - 1] > 2
     assert_close(loss_sums(case), expected)
 
@@ -181,7 +191,7 @@ def test_the_two_historical_bugs_are_seen(
         assert_close(loss_sums(case), reference_sums(case, data_label(case)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Nudged(BlockDiffusionLoss):
     """The loss with something added to the target's taps, also where they enter without a gradient."""
 
@@ -230,8 +240,19 @@ def test_evaluation_measures_acceptance_against_the_target_and_the_rest_against_
     metrics, score = draft_evaluator(LOSS, case.target, [host, host])(case.draft)
     assert score == metrics["acceptance_length_tf"] == greedy["prefix"] / greedy["blocks"]
     assert score != data["prefix"] / data["blocks"]
+    sampled = greedy["expected"] / greedy["blocks"]
+    assert metrics["acceptance_length_sampled_tf"] == pytest.approx(sampled, rel=1e-5)
     assert metrics["loss"] == pytest.approx(data["loss_sum"] / data["weight"], rel=1e-5)
     assert metrics["acc@1"] == data["correct"][1] / data["supervised"][1]
+
+
+def test_the_teacher_of_a_slot_is_the_target_at_the_token_before_it(case: Case) -> None:
+    """Training towards the target's choice is cross-entropy with it, label by label."""
+    greedy = reference_sums(case, lambda row, x: int(case.logits[row, x - 1].argmax()))
+    loss = dataclasses.replace(LOSS, objective={"ce_argmax": 1.0})
+    ours, sums = jax.jit(lambda *args: loss(*args))(case.draft, case.target, case.batch)
+    np.testing.assert_allclose(float(ours), greedy["loss_sum"], rtol=1e-5)
+    np.testing.assert_allclose(float(sums.statistics["expected"]), greedy["expected"], rtol=1e-5)
 
 
 def test_the_decoder_loss_is_that_of_the_plain_loop(case: Case) -> None:

@@ -123,7 +123,7 @@ def test_a_run_is_not_overwritten(
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["draft_config.json", "specjax.json"])
+@pytest.mark.parametrize("name", ["draft_config.json", "specjax.json", "target.json"])
 def test_another_mask_token_or_target_is_refused(
     name: str, copied: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -131,6 +131,8 @@ def test_another_mask_token_or_target_is_refused(
     recorded = json.loads((copied / name).read_text())
     if name == "draft_config.json":
         recorded["dflash_config"]["mask_token_id"] -= 1
+    elif name == "target.json":
+        recorded["digest"] = "0" * 64
     else:
         recorded["target_fingerprint"]["embedding"] = "0" * 64
     (copied / name).write_text(json.dumps(recorded))
@@ -147,3 +149,31 @@ def test_data_that_grew_is_refused(copied: Path, raw: dict[str, Any], capsys: py
     with pytest.raises(SystemExit, match="2"):
         train(raw, "--resume")
     assert "made with other files of data.train or data.validation than there are now" in capsys.readouterr().err
+
+
+def test_a_run_that_never_saved_a_step_is_started_anew(raw: dict[str, Any]) -> None:
+    """As after a first step that ran out of memory: nothing is lost, and the settings that failed can be changed."""
+    folder = Path(raw["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "data.json", "draft_config.json"):
+        (folder / name).write_text("{}")
+    run = train(edited(raw, {"training.steps": 1}))
+    assert "steps: 1" in (run / "config.yaml").read_text()
+    assert json.loads((run / "data.json").read_text())["train"]
+
+
+def test_a_checkpoint_without_its_config_is_not_continued(
+    copied: Path, raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        train(raw)
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named(raw: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path(raw["output_dir"]).parent.mkdir(parents=True, exist_ok=True)
+    Path(raw["output_dir"]).write_text("a file")
+    with pytest.raises(SystemExit, match="2"):
+        train(raw)
+    assert f"output_dir {raw['output_dir']}: cannot be written" in capsys.readouterr().err

@@ -178,7 +178,7 @@ def compiled_step_bytes(raw: dict[str, Any], chunk_blocks: int) -> int:
     config = parsed(edited(raw, {"loss.chunk_blocks": chunk_blocks}))
     target_config = decoder_config_from_hf(raw_config(**TARGET_SHAPE, vocab_size=BIG_VOCABULARY), "big")
     draft_config = draft_config_of(config)
-    loss = BlockDiffusionLoss("uniform", None, None, True, chunk_blocks, query_chunk=64, remat=True)
+    loss = BlockDiffusionLoss({"ce": 1.0}, "uniform", None, None, True, chunk_blocks, query_chunk=64, remat=True)
     optimizer = make_optimizer(config.optimizer, lambda count: 1e-3 * count)
 
     def state() -> TrainState[DFlashDraft]:

@@ -48,6 +48,15 @@ def test_dtypes(hf_folder: Path) -> None:
     assert decoder.dtype == jnp.bfloat16
 
 
+def test_float64_files_are_loaded_as_float32(hf_folder: Path, tmp_path: Path) -> None:
+    tensors = {name: array for file in hf_folder.glob("*.safetensors") for name, array in load_file(file).items()}
+    folder = edited(hf_folder, tmp_path / "double", {name: x.astype(np.float64) for name, x in tensors.items()})
+    assert weights_dtype(folder) == np.float32
+    doubles, singles = (flat_params(load_target(f, dtype=jnp.float32)) for f in (folder, hf_folder))
+    for name, value in doubles.items():
+        np.testing.assert_array_equal(value, singles[name])
+
+
 @pytest.mark.parametrize("axes", [(2, 2, 2), (1, 8, 1), (1, 1, 8)])
 def test_sharded_loading_equals_loading_on_one_device(qwen3_folder: Path, axes: tuple[int, int, int]) -> None:
     single = flat_params(load_target(qwen3_folder))
