@@ -102,7 +102,7 @@ def test_plots_are_images(finished: Path) -> None:
 def test_the_exported_draft_is_one_that_servers_load(finished: Path) -> None:
     assert {p.name for p in (finished / "draft").iterdir()} == {"config.json", "model.safetensors", "specjax.json"}
     config = load_draft(finished / "draft").config
-    assert (config.block_size, config.num_hidden_layers, config.num_target_layers) == (8, 1, LAYERS)
+    assert (config.block_size, config.num_hidden_layers, config.num_target_layers) == (8, 2, LAYERS)
     assert read_fingerprint(finished / "draft") == read_fingerprint(finished)
 
 
