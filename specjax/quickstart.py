@@ -36,6 +36,8 @@ ANSWER_BATCH = 128
 TRAINING_ANSWER_TOKENS = {"code": 64}
 VALIDATION_PROMPTS = 32
 WORD_PROBLEM_SEEDS = {"train": 0, "heldout": 1}
+DOMAINS = ("code", "word problems")
+CODE_SHARE = 1 / 3  # of the training prompts: a draft gains more from problems, whose answers are far more regular
 SUMMARY_FIELDS = (
     "acceptance_length",
     "acceptance_rate",
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m specjax.quickstart", description=__doc__)
     parser.add_argument("config", nargs="?", default=DEFAULT_CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--train-prompts", type=int, default=1792)
+    parser.add_argument("--train-prompts", type=int, default=1920)
     parser.add_argument("--heldout-prompts", type=int, default=20, help="of each domain")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3, help="timed repetitions")
@@ -118,7 +120,9 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         target = weights.load_target(config.target.path, dtype="float32")
         tokenizer = load_tokenizer(config.target.path)
         stops = stop_token_ids(config.target.path)
-        heldout = embedded_prompts(tokenizer, "heldout", 2 * sizes.heldout_prompts + VALIDATION_PROMPTS)
+        heldout = embedded_prompts(
+            tokenizer, "heldout", dict.fromkeys(DOMAINS, sizes.heldout_prompts + VALIDATION_PROMPTS // 2)
+        )
         answer_files(config, sizes, target, tokenizer, stops, heldout)
         taps = capture(config, config.data.taps or folder / TAPS, print)
         train(config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})}), resume=True)
@@ -134,19 +138,24 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     return reports
 
 
-def embedded_prompts(tokenizer: Any, split: Any, count: int) -> Prompts:
-    """About `count` prompts of a split of the embedded corpus, half a domain, as token ids."""
+def training_counts(prompts: int) -> dict[str, int]:
+    code = round(prompts * CODE_SHARE)
+    return dict(zip(DOMAINS, (code, prompts - code), strict=True))
+
+
+def embedded_prompts(tokenizer: Any, split: Any, counts: dict[str, int]) -> Prompts:
+    """At most `counts[domain]` prompts of each domain from a split of the embedded corpus, as token ids."""
     from specjax.data.embedded import stdlib_conversations, word_problems
     from specjax.data.prompts import chat_prompt
 
-    half = -(-count // 2)
     stdlib = list(stdlib_conversations(split))
     random.Random(0).shuffle(stdlib)
-    sources = {"code": stdlib, "word problems": word_problems(half, WORD_PROBLEM_SEEDS[split], split)}
+    code, problems = DOMAINS
+    sources = {code: stdlib, problems: word_problems(counts[problems], WORD_PROBLEM_SEEDS[split], split)}
     prompts = {}
     for domain, conversations in sources.items():
         ids = (chat_prompt(c["messages"][:1], tokenizer, domain) for c in conversations)
-        prompts[domain] = list(islice((p for p in ids if len(p) <= MAX_PROMPT_TOKENS), half))
+        prompts[domain] = list(islice((p for p in ids if len(p) <= MAX_PROMPT_TOKENS), counts[domain]))
     return prompts
 
 
@@ -179,7 +188,7 @@ def answer_files(
             raise InputError(f"{path}: is there, but {recipe} is not; move it, or name another file to be written")
         path.parent.mkdir(parents=True, exist_ok=True)
     validation = {domain: prompts[sizes.heldout_prompts :] for domain, prompts in heldout.items()}
-    training = embedded_prompts(tokenizer, "train", sizes.train_prompts)
+    training = embedded_prompts(tokenizer, "train", training_counts(sizes.train_prompts))
     parts = {path: path.with_name(f"{path.name}.partial") for path in (validation_file, train_file)}
     for path, prompts in ((validation_file, validation), (train_file, training)):
         write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)

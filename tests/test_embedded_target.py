@@ -17,7 +17,7 @@ from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.weights.tiny import logits
 
 MAX_BYTES = 20_000_000
-PROBLEMS, ENOUGH = 8, 3
+PROBLEMS, ENOUGH = 8, 6
 
 
 @pytest.fixture(scope="module")

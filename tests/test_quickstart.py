@@ -17,15 +17,15 @@ from specjax import quickstart
 from specjax.data import embedded
 from specjax.data.embedded import stdlib_conversations
 from specjax.generate import main as generate_main
-from specjax.quickstart import SUMMARY_FIELDS, embedded_prompts, main
+from specjax.quickstart import DOMAINS, SUMMARY_FIELDS, embedded_prompts, main
 from specjax.weights import load_draft, read_fingerprint
 from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS
 from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.model_folders import LAYERS, save_target_with_tokenizer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-STEPS, TRAIN, HELDOUT, VALIDATION, NEW = 2, 8, 2, 4, 8
-LONGEST, DEFAULT_HELDOUT = quickstart.MAX_PROMPT_TOKENS, 2 * 20 + quickstart.VALIDATION_PROMPTS
+STEPS, TRAIN, HELDOUT, VALIDATION, NEW = 2, 9, 2, 4, 8
+LONGEST, DEFAULT_HELDOUT = quickstart.MAX_PROMPT_TOKENS, 20 + quickstart.VALIDATION_PROMPTS // 2
 FIELDS = [  # that the quickstart promises
     *("acceptance_length", "acceptance_rate", "speedup_decode", "speedup_end_to_end"),
     *("ar_tokens_per_s", "speculative_tokens_per_s", "identical", "repeated_4gram_fraction", "prompts", "tokens"),
@@ -108,7 +108,7 @@ def test_the_exported_draft_is_one_that_servers_load(finished: Path) -> None:
 
 def test_answers_are_the_targets_to_prompts_of_both_domains(finished: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target)
-    for name, count in (("train", TRAIN), ("validation", VALIDATION)):
+    for name, count, code in (("train", TRAIN, TRAIN // 3), ("validation", VALIDATION, VALIDATION // 2)):
         records = rows(finished / "data" / f"{name}.jsonl")
         assert len(records) == count
         prompts = []
@@ -119,13 +119,13 @@ def test_answers_are_the_targets_to_prompts_of_both_domains(finished: Path, targ
             prompts.append(tokenizer.decode(record["input_ids"][:-supervised]))
         assert all(text.startswith("<|im_start|>user\n") for text in prompts)
         assert all(text.endswith("<|im_start|>assistant\n") for text in prompts)
-        assert sum("def " in text for text in prompts) == count / 2
+        assert sum("def " in text for text in prompts) == code
     assert not list(finished.rglob("*.partial"))
 
 
 def test_no_prompt_is_in_two_sets(finished: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target)
-    heldout = embedded_prompts(tokenizer, "heldout", 2 * HELDOUT + VALIDATION)
+    heldout = embedded_prompts(tokenizer, "heldout", dict.fromkeys(DOMAINS, HELDOUT + VALIDATION // 2))
     sets = [{tuple(prompt) for prompts in heldout.values() for prompt in prompts[:HELDOUT]}]
     for name in ("train", "validation"):
         records = rows(finished / "data" / f"{name}.jsonl")
@@ -166,7 +166,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ([], {"train_prompts": TRAIN + 2}, "answers of other settings or another target; delete"),
+        ([], {"train_prompts": TRAIN + 3}, "answers of other settings or another target; delete"),
         ([], {"heldout_prompts": HELDOUT + 1}, "answers of other settings or another target; delete"),
         ([], {"max_new_tokens": NEW + 1}, "answers of other settings or another target; delete"),
         ([f"training.steps={STEPS + 1}"], {}, "the run to resume differs in training"),
@@ -215,7 +215,7 @@ def test_a_run_that_was_stopped_early_is_not_evaluated(
 ) -> None:
     monkeypatch.setattr("specjax.training.run.train", lambda config, resume: None)
     longer = arguments(target, finished, f"training.steps={STEPS + 3}")
-    assert f"has no checkpoint {STEPS + 3}; saved steps: {STEPS}" in refused(longer, capsys)
+    assert f"training stopped at step {STEPS}; continue with the same command" in refused(longer, capsys)
 
 
 def test_overrides_may_come_without_a_config(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -227,6 +227,7 @@ def test_the_standard_library_holds_enough_for_the_default_sizes(monkeypatch: py
     """The one honest walk, with the embedded target's own tokenizer."""
     monkeypatch.setattr(embedded, "stdlib_conversations", stdlib_conversations)
     monkeypatch.setattr(quickstart, "MAX_PROMPT_TOKENS", LONGEST)
-    prompts = embedded_prompts(AutoTokenizer.from_pretrained(EMBEDDED_FOLDER), "heldout", DEFAULT_HELDOUT)
-    assert {domain: len(found) for domain, found in prompts.items()} == dict.fromkeys(prompts, DEFAULT_HELDOUT // 2)
+    counts = dict.fromkeys(DOMAINS, DEFAULT_HELDOUT)
+    prompts = embedded_prompts(AutoTokenizer.from_pretrained(EMBEDDED_FOLDER), "heldout", counts)
+    assert {domain: len(found) for domain, found in prompts.items()} == counts
     assert max(len(prompt) for found in prompts.values() for prompt in found) <= LONGEST
