@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train-prompts", type=int, default=1920)
     parser.add_argument("--heldout-prompts", type=int, default=20, help="of each domain")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3, help="timed repetitions")
+    parser.add_argument("--runs", type=int, default=2, help="timed repetitions")
     args = parser.parse_intermixed_args(argv)
     if "=" in args.config:
         args.config, args.overrides = DEFAULT_CONFIG, [args.config, *args.overrides]

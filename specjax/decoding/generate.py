@@ -162,7 +162,7 @@ def _per_prompt(
 ) -> tuple[list[int], list[list[int]]]:
     shared = np.ndim(max_new_tokens) == 0
     new_tokens = _integers("max_new_tokens", [max_new_tokens] * count if shared else max_new_tokens)
-    if np.ndim(stop_token_ids) == 0:
+    if isinstance(stop_token_ids, str) or not isinstance(stop_token_ids, Sequence | np.ndarray):
         raise InputError(f"stop_token_ids is {stop_token_ids!r}; give a list of integers, or one such list a prompt")
     nested = len(stop_token_ids) > 0 and np.ndim(stop_token_ids[0]) > 0
     per_prompt = stop_token_ids if nested else [stop_token_ids] * count

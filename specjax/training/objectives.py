@@ -36,6 +36,7 @@ class BlockDiffusionLoss:
     def __call__(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[jax.Array, LossSums]:
         """The objective on the data's tokens: (sum of weighted losses, sums). The batch's `states` spare the target."""
         noise_ids, labels = self.blocks(draft, batch)
+        taps: jax.Array | None
         if "states" in batch:
             taps, final = jnp.split(
                 batch["states"], [len(draft.config.target_layer_ids) * draft.config.hidden_size], -1
