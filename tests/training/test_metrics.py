@@ -34,6 +34,7 @@ def test_sums_are_added_before_they_are_divided() -> None:
             "correct": np.array([0, correct, 0], np.float32),
             "supervised": np.array([0, 4, 0], np.float32),
             "prefix": np.float32(prefix),
+            "expected": np.float32(prefix / 2),
             "blocks": np.float32(2),
             "covered": np.float32(correct),
             "coverable": np.float32(8),
@@ -46,6 +47,7 @@ def test_sums_are_added_before_they_are_divided() -> None:
     assert metrics["acc@1"] == 0.5
     assert math.isnan(metrics["acc@2"])
     assert metrics["acceptance_length_tf"] == 2.0
+    assert metrics["acceptance_length_sampled_tf"] == 1.0
     assert metrics["supervised_tokens"] == 8.0
     assert metrics["coverage"] == 0.25
 
@@ -55,9 +57,10 @@ def test_tags_of_a_draft_run(finished_run: FinishedRun) -> None:
     measures = {"loss", "acceptance_length_tf", "supervised_tokens", "coverage", *ACCURACIES}
     times = {"train/step_time_s", "train/tokens_per_s"}
     every_step = {f"train/{name}" for name in measures | {"learning_rate", "grad_norm"}}
-    assert set(found) == every_step | times | {f"eval/{name}" for name in measures}
+    evaluated = measures | {"acceptance_length_sampled_tf"}
+    assert set(found) == every_step | times | {f"eval/{name}" for name in evaluated}
     assert all(list(found[tag]) == list(range(1, STEPS + 1)) for tag in every_step)
-    assert all(list(found[f"eval/{name}"]) == [3, STEPS] for name in measures)
+    assert all(list(found[f"eval/{name}"]) == [3, STEPS] for name in evaluated)
     for step, seconds in found["train/step_time_s"].items():
         assert found["train/tokens_per_s"][step] == pytest.approx(8 * LENGTH / seconds, rel=1e-5)
 
