@@ -153,7 +153,8 @@ def _read_sharded(files: TensorFiles, name: str, transform: Transform, param: ja
             slices[key] = files.read(name, index)
         return slices[key]
 
-    array = jax.make_array_from_callback(info.shape, sharding, read, dtype=FLOAT_DTYPES[info.dtype])
+    dtype = jax.dtypes.canonicalize_dtype(FLOAT_DTYPES[info.dtype])
+    array = jax.make_array_from_callback(info.shape, sharding, read, dtype=dtype)
     slices.clear()
     if transform == "transpose" or array.dtype != param.dtype:
         array = _place(array, transform=transform, dtype=param.dtype)
