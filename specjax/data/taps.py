@@ -60,10 +60,10 @@ def start_cache(folder: Path, recipe: TapRecipe, data: str, shards: int) -> list
     """
     path = folder / CACHE_FILE
     wanted = recipe.to_json() | {"data": data, "shards": shards}
-    for left_over in folder.glob("*.partial"):
-        left_over.unlink()
     if path.exists():
         _check_same(path, wanted)
+        for left_over in folder.glob("taps-*.safetensors.*.partial"):  # of a capture that was killed
+            left_over.unlink()
     else:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

@@ -328,6 +328,8 @@ def mesh_of(config: RunConfig) -> Iterator[None]:
 def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
     previous = run / CONFIG_FILE
     if latest_step(run) is None:
+        if previous.exists() and not (run / METADATA_FILE).exists():
+            raise InputError(f"output_dir {run}: {CONFIG_FILE} in it is not of a run; choose another folder")
         return
     if not resume:
         raise InputError(f"output_dir {run} already holds a run; continue it with --resume, or choose another folder")
@@ -357,11 +359,12 @@ def _write_files(run: Path, config: RunConfig, task: Task) -> None:
             raise InputError(f"{path}: the run to resume was made with {changed} or choose another output_dir")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
         if config.kind == "causal_lm":
             copy_side_files(model_folder(config.target.path), run)
         for name, value in (task.files | {DATA_FILE: data_sizes, METADATA_FILE: run_metadata()}).items():
             (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        # Last: without the metadata it is a file of the user's, which must not be replaced.
+        (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise InputError(f"output_dir {run}: cannot be written ({error.strerror}); choose another folder") from error
 

@@ -59,6 +59,10 @@ def test_a_cache_of_something_else_is_refused(folder, change, message):
 def test_a_cache_of_other_tokens_or_another_version_is_not_continued(folder):
     with pytest.raises(InputError, match="data is data, the run has changed; restore these settings, or capture into"):
         start_cache(folder, RECIPE, "changed", 2)
+    (folder / "taps-00000.safetensors.7.partial").touch()
+    (folder / "mine.partial").touch()
+    start_cache(folder, RECIPE, "data", 2)
+    assert [path.name for path in folder.glob("*.partial")] == ["mine.partial"]
     index = folder / "cache.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 1}))
     with pytest.raises(InputError, match="format_version is 1, the run has 2"):

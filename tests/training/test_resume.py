@@ -155,11 +155,22 @@ def test_a_run_that_never_saved_a_step_is_started_anew(raw: dict[str, Any]) -> N
     """As after a first step that ran out of memory: nothing is lost, and the settings that failed can be changed."""
     folder = Path(raw["output_dir"])
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "data.json", "draft_config.json"):
+    for name in ("config.yaml", "data.json", "draft_config.json", "metadata.json"):
         (folder / name).write_text("{}")
     run = train(edited(raw, {"training.steps": 1}))
     assert "steps: 1" in (run / "config.yaml").read_text()
     assert json.loads((run / "data.json").read_text())["train"]
+
+
+def test_a_config_of_the_users_own_is_not_replaced(raw: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    mine = Path(raw["output_dir"]) / "config.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("# my settings")
+    for flags in ((), ("--resume",)):
+        with pytest.raises(SystemExit, match="2"):
+            train(raw, *flags)
+        assert "config.yaml in it is not of a run; choose another folder" in capsys.readouterr().err
+    assert mine.read_text() == "# my settings"
 
 
 def test_a_checkpoint_without_its_config_is_not_continued(
