@@ -18,7 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from specjax.config_messages import problems, shown
 from specjax.errors import InputError
 
-DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}
+DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}  # by block size
 DEFAULT_NUM_TAPS = 5
 DEFAULT_EPOCHS = 6.0
 # Of each pair only the one in force is written.

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 WEIGHTINGS = ("exp", "uniform", "dpace")
-DEFAULT_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}  # by block size: the DFlash paper's settings (arXiv 2602.06036)
 DEFAULT_ALPHA = 0.5
 
 SlotWeights = Callable[[jax.Array, jax.Array], jax.Array]
@@ -18,22 +17,17 @@ SlotWeights = Callable[[jax.Array, jax.Array], jax.Array]
 def position_weights(weighting: str, block_size: int, gamma: float | None = None) -> jax.Array:
     """Weights [B] of a fixed schedule; slot 0 has none.
 
-    exp: exp(-(k - 1) / gamma) for slot k, gamma by default 7, 5, 4 for B = 16, 10, 8. uniform: 1.
+    exp: exp(-(k - 1) / gamma) for slot k. uniform: 1.
 
     Raises:
-        ValueError: not a fixed schedule, no gamma known for this block size, gamma not above 0, or gamma given to a
-            weighting that ignores it.
+        ValueError: not a fixed schedule, no gamma or one not above 0, or gamma given to a weighting that ignores it.
     """
     slots = jnp.arange(block_size, dtype=jnp.float32)
     if weighting == "uniform":
         _refuse("gamma", gamma, weighting)
         weights = jnp.ones_like(slots)
     elif weighting == "exp":
-        gamma = DEFAULT_GAMMA.get(block_size) if gamma is None else gamma
-        if gamma is None:
-            known = ", ".join(map(str, DEFAULT_GAMMA))
-            raise ValueError(f"gamma has no default for block size {block_size} (only for {known}): give one")
-        if gamma <= 0:
+        if gamma is None or gamma <= 0:
             raise ValueError(f"gamma is {gamma}: give a number above 0")
         weights = jnp.exp(-(slots - 1) / gamma)
     else:

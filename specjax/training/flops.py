@@ -28,7 +28,7 @@ PEAK_TFLOPS = {
 
 DFLASH_FORMULA = (
     "2*N_target*T + 4*pairs_target (forward only; 0 with data.taps) + 6*N_layers*N*B + 6*(fc + context k/v)*S + "
-    "4*V*H*rows (frozen head) + 12*pairs_draft*heads*head_dim; recompute excluded"
+    "4*V*H*rows (frozen head; 6 with a teacher) + 12*pairs_draft*heads*head_dim; recompute excluded"
 )
 CAUSAL_LM_FORMULA = "6*N*T + 12*pairs*heads*head_dim; recompute excluded"
 
@@ -49,15 +49,16 @@ def layer_parameters(block: BlockConfig) -> int:
 
 
 def dflash_step_flops(
-    target: DecoderConfig, draft: DFlashConfig, shape: StepShape, *, runs_target: bool = True
+    target: DecoderConfig, draft: DFlashConfig, shape: StepShape, *, runs_target: bool = True, teacher: bool = False
 ) -> float:
     """FLOPs of one step by `DFLASH_FORMULA`; anchors count as uniform, so a block sees S / 2 context keys on average.
 
-    The target runs up to its last tapped layer: what lies behind it is not computed for data labels. It does not run
-    on captured taps (`runs_target` False).
+    The target runs up to its last tapped layer: what lies behind it is computed, and its head applied to the blocks,
+    only for objectives with a `teacher`. It does not run on captured taps (`runs_target` False).
     """
     rows, length = shape.batch_size, shape.max_length
-    layers = max(draft.target_layer_ids) + 1 if runs_target else 0
+    layers = target.num_hidden_layers if teacher else max(draft.target_layer_ids) + 1
+    layers = layers if runs_target else 0
     target_matrices = 2.0 * layers * layer_parameters(target.block) * rows * length
     target_attention = 4.0 * layers * rows * length**2 / 2 * target.num_attention_heads * target.head_dim
     slots = rows * shape.num_anchors * draft.block_size
@@ -65,7 +66,14 @@ def dflash_step_flops(
     fused = len(draft.target_layer_ids) * draft.hidden_size**2
     context_kv = draft.num_hidden_layers * 2 * draft.hidden_size * draft.num_key_value_heads * draft.head_dim
     context = 6.0 * (fused + context_kv) * rows * length
-    head = 4.0 * draft.vocab_size * draft.hidden_size * slots * (draft.block_size - 1) / draft.block_size
+    head = (
+        (6.0 if teacher else 4.0)
+        * draft.vocab_size
+        * draft.hidden_size
+        * slots
+        * (draft.block_size - 1)
+        / draft.block_size
+    )
     pairs = slots * (length / 2 + draft.block_size) * draft.num_hidden_layers
     attention = 12.0 * pairs * draft.num_attention_heads * draft.head_dim
     return target_matrices + target_attention + draft_matrices + context + head + attention

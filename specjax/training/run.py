@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from specjax.blockdiff.terms import needs_teacher
 from specjax.config import RunConfig, dump_config, load_config
 from specjax.data.conversations import find_files
 from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
@@ -167,7 +168,11 @@ def draft_task(config: RunConfig) -> Task:
         frozen=target,
         evaluator=lambda batches: draft_evaluator(loss, target, batches),
         flops_per_step=flops.dflash_step_flops(
-            target.config, draft_config, _shape(config), runs_target=config.data.taps is None
+            target.config,
+            draft_config,
+            _shape(config),
+            runs_target=config.data.taps is None,
+            teacher=needs_teacher(config.loss.objective),
         ),
         flops_formula=flops.DFLASH_FORMULA,
         num_anchors=config.data.num_anchors,

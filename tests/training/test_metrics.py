@@ -134,5 +134,9 @@ def test_flops_of_a_step_by_hand() -> None:
     assert dflash_step_flops(target, draft, StepShape(2, 8, 3)) == sum(parts.values())
     captured = sum(value for name, value in parts.items() if not name.startswith("target"))
     assert dflash_step_flops(target, draft, StepShape(2, 8, 3), runs_target=False) == captured
+    taught = dflash_step_flops(target, draft, StepShape(2, 8, 3), runs_target=False, teacher=True)
+    assert taught == captured + 2 * 1000 * 10 * 2 * 3 * 3
+    whole_target = 2 * 6 * layer * tokens + 4 * 6 * (2 * 8 * 8 / 2) * 20
+    assert dflash_step_flops(target, draft, StepShape(2, 8, 3), teacher=True) == taught + whole_target
     expected = 6 * (6 * layer + 1000 * 10) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20
     assert causal_lm_step_flops(target, StepShape(2, 8, 3)) == expected
