@@ -24,7 +24,7 @@ from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.model_folders import LAYERS, save_target_with_tokenizer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-STEPS, TRAIN, HELDOUT, VALIDATION, NEW = 2, 9, 2, 4, 8
+STEPS, TRAIN, HELDOUT, VALIDATION, NEW, NEW_CODE = 2, 9, 2, 4, 8, 3
 LONGEST, DEFAULT_HELDOUT = quickstart.MAX_PROMPT_TOKENS, 20 + quickstart.VALIDATION_PROMPTS // 2
 FIELDS = [  # that the quickstart promises
     *("acceptance_length", "acceptance_rate", "speedup_decode", "speedup_end_to_end"),
@@ -41,6 +41,7 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(embedded, "stdlib_conversations", partial(stdlib_conversations, root=code))
         patch.setattr(quickstart, "VALIDATION_PROMPTS", VALIDATION)
+        patch.setattr(quickstart, "TRAINING_ANSWER_TOKENS", {"code": NEW_CODE})
         patch.setattr(quickstart, "MAX_PROMPT_TOKENS", 400)
         yield
 
@@ -111,15 +112,17 @@ def test_answers_are_the_targets_to_prompts_of_both_domains(finished: Path, targ
     for name, count, code in (("train", TRAIN, TRAIN // 3), ("validation", VALIDATION, VALIDATION // 2)):
         records = rows(finished / "data" / f"{name}.jsonl")
         assert len(records) == count
-        prompts = []
+        prompts, lengths = [], []
         for record in records:
             supervised = sum(record["loss_mask"])
-            assert 1 <= supervised <= NEW
+            lengths.append(supervised)
             assert record["loss_mask"] == [0] * (len(record["input_ids"]) - supervised) + [1] * supervised
             prompts.append(tokenizer.decode(record["input_ids"][:-supervised]))
         assert all(text.startswith("<|im_start|>user\n") for text in prompts)
         assert all(text.endswith("<|im_start|>assistant\n") for text in prompts)
-        assert sum("def " in text for text in prompts) == code
+        of_code = [length for length, text in zip(lengths, prompts, strict=True) if "def " in text]
+        assert len(of_code) == code
+        assert 1 <= max(of_code) <= NEW_CODE < max(lengths) <= NEW
     assert not list(finished.rglob("*.partial"))
 
 
