@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -19,6 +20,38 @@ INIT_STDDEV = 0.02  # the `initializer_range` of every supported family
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, spec: P) -> nnx.Param[jax.Array]:
     value = INIT_STDDEV * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(jax.reshard(value.astype(dtype), spec))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x: jax.Array, kernel_io: jax.Array, out_sharding: P) -> jax.Array:
+    """x [..., i] @ kernel [i, o] in x's dtype; the kernel's gradient leaves the accumulator in the kernel's own dtype.
+
+    Without this rule the gradient is first rounded to the compute dtype; it also comes out as [o, i] and is transposed
+    back, which makes XLA's CPU products 1.2 to 2.7 times slower.
+    """
+    return jnp.einsum("...i,io->...o", x, kernel_io.astype(x.dtype), out_sharding=out_sharding)
+
+
+def _product_forward(x: jax.Array, kernel_io: jax.Array, out_sharding: P) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _product(x, kernel_io, out_sharding), (x, kernel_io)
+
+
+def _product_backward(
+    out_sharding: P, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel_io = saved
+    dx = jnp.einsum("...o,io->...i", dy, kernel_io.astype(x.dtype), out_sharding=jax.typeof(x).sharding)
+    dkernel = jnp.einsum(
+        "...i,...o->io",
+        x,
+        dy,
+        preferred_element_type=kernel_io.dtype,
+        out_sharding=jax.typeof(kernel_io).sharding,
+    )
+    return dx, dkernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -42,7 +75,7 @@ class Linear(nnx.Module):
         self.dtype = dtype
 
     def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
-        y = jnp.einsum("...i,io->...o", x, self.kernel[...].astype(self.dtype), out_sharding=out_sharding)
+        y = _product(x.astype(self.dtype), self.kernel[...], out_sharding)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Rotary frequencies against transformers; the embedding's lookup."""
+"""Rotary frequencies against transformers; norms, products and their gradients; the embedding's lookup."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from flax import nnx
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from specjax.models.layers import Embedding, RMSNorm, RopeConfig, rope_frequencies, rotary_tables
+from specjax.models.layers import Embedding, Linear, RMSNorm, RopeConfig, rope_frequencies, rotary_tables
+from specjax.models.precision import matmul_precision
+from specjax.models.sharding import SPECS
 from tests.models.ropes import ROPES, hf_rope
 
 RELEASED = {
@@ -57,6 +59,22 @@ def test_rms_norm_is_computed_in_float32() -> None:
     normed = norm(jnp.asarray(x, jnp.float16))
     assert normed.dtype == jnp.float16
     np.testing.assert_allclose(normed, expected, rtol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_of_a_product_are_not_rounded_to_the_compute_dtype(dtype: jnp.dtype) -> None:
+    linear = Linear(6, 4, spec=SPECS.column_io, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x, dy = (jax.random.normal(jax.random.key(i), (2, 3, n)).astype(dtype) for i, n in ((0, 6), (1, 4)))
+    with matmul_precision(dtype):
+        y, pull = jax.vjp(lambda m, x: m(x, SPECS.act_btf), linear, x)
+        grads, dx = pull(jax.reshard(dy, SPECS.act_btf))
+    x64, dy64 = (np.asarray(a, np.float64) for a in (x, dy))
+    kernel = np.asarray(linear.kernel[...].astype(dtype), np.float64)
+    rounding = {"rtol": float(jnp.finfo(dtype).eps), "atol": 1e-6}
+    assert (y.dtype, dx.dtype, grads.kernel[...].dtype) == (dtype, dtype, jnp.float32)
+    np.testing.assert_allclose(np.asarray(y, np.float64), x64 @ kernel, **rounding)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), dy64 @ kernel.T, **rounding)
+    np.testing.assert_allclose(grads.kernel[...], np.einsum("bti,bto->io", x64, dy64), rtol=2e-6, atol=1e-6)
 
 
 def test_embedding_rows_of_any_token_shape() -> None:
