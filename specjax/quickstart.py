@@ -37,7 +37,7 @@ TRAINING_ANSWER_TOKENS = {"code": 64}
 VALIDATION_PROMPTS = 32
 WORD_PROBLEM_SEEDS = {"train": 0, "heldout": 1}
 DOMAINS = ("code", "word problems")
-CODE_SHARE = 1 / 3  # of the training prompts: a draft gains more from problems, whose answers are far more regular
+CODE_SHARE = 1 / 3  # of the prompts of every set: a draft gains more from problems, whose answers are more regular
 SUMMARY_FIELDS = (
     "acceptance_length",
     "acceptance_rate",
@@ -56,7 +56,7 @@ Prompts = dict[str, list[list[int]]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """train_prompts: over both domains. heldout_prompts: of each domain. runs: timed repetitions."""
+    """train_prompts, heldout_prompts: over both domains. runs: timed repetitions."""
 
     train_prompts: int
     heldout_prompts: int
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m specjax.quickstart", description=__doc__)
     parser.add_argument("config", nargs="?", default=DEFAULT_CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--train-prompts", type=int, default=1920)
-    parser.add_argument("--heldout-prompts", type=int, default=20, help="of each domain")
+    parser.add_argument("--train-prompts", type=int, default=1920, help="a third of them code, as of the held-out ones")
+    parser.add_argument("--heldout-prompts", type=int, default=60)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=2, help="timed repetitions")
     args = parser.parse_intermixed_args(argv)
@@ -78,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.config, args.overrides = DEFAULT_CONFIG, [args.config, *args.overrides]
     sizes = Sizes(args.train_prompts, args.heldout_prompts, args.max_new_tokens, args.runs)
     for name, value in vars(sizes).items():
-        if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        least = len(DOMAINS) if name.endswith("_prompts") else 1
+        if value < least:
+            raise InputError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
     started = time.perf_counter()
     config = load_config(args.config, args.overrides)
     check(config)
@@ -120,10 +121,13 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         target = weights.load_target(config.target.path, dtype="float32")
         tokenizer = load_tokenizer(config.target.path)
         stops = stop_token_ids(config.target.path)
-        heldout = embedded_prompts(
-            tokenizer, "heldout", dict.fromkeys(DOMAINS, sizes.heldout_prompts + VALIDATION_PROMPTS // 2)
+        measured, validation = prompt_counts(sizes.heldout_prompts), prompt_counts(VALIDATION_PROMPTS)
+        prompts = embedded_prompts(
+            tokenizer, "heldout", {domain: count + validation[domain] for domain, count in measured.items()}
         )
-        answer_files(config, sizes, target, tokenizer, stops, heldout)
+        heldout = {domain: prompts[domain][:count] for domain, count in measured.items()}
+        beyond = {domain: prompts[domain][count:] for domain, count in measured.items()}
+        answer_files(config, sizes, target, tokenizer, stops, beyond)
         taps = capture(config, config.data.taps or folder / TAPS, print)
         train(config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})}), resume=True)
         if latest_step(folder) != config.training.steps:
@@ -138,8 +142,9 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     return reports
 
 
-def training_counts(prompts: int) -> dict[str, int]:
-    code = round(prompts * CODE_SHARE)
+def prompt_counts(prompts: int) -> dict[str, int]:
+    """How many of at least two prompts each domain has."""
+    code = max(1, round(prompts * CODE_SHARE))
     return dict(zip(DOMAINS, (code, prompts - code), strict=True))
 
 
@@ -160,7 +165,7 @@ def embedded_prompts(tokenizer: Any, split: Any, counts: dict[str, int]) -> Prom
 
 
 def answer_files(
-    config: RunConfig, sizes: Sizes, target: Decoder, tokenizer: Any, stops: tuple[int, ...], heldout: Prompts
+    config: RunConfig, sizes: Sizes, target: Decoder, tokenizer: Any, stops: tuple[int, ...], validation: Prompts
 ) -> None:
     """Writes the target's answers to training and validation prompts, unless an earlier call already did.
 
@@ -187,8 +192,7 @@ def answer_files(
         if path.exists():
             raise InputError(f"{path}: is there, but {recipe} is not; move it, or name another file to be written")
         path.parent.mkdir(parents=True, exist_ok=True)
-    validation = {domain: prompts[sizes.heldout_prompts :] for domain, prompts in heldout.items()}
-    training = embedded_prompts(tokenizer, "train", training_counts(sizes.train_prompts))
+    training = embedded_prompts(tokenizer, "train", prompt_counts(sizes.train_prompts))
     parts = {path: path.with_name(f"{path.name}.partial") for path in (validation_file, train_file)}
     for path, prompts in ((validation_file, validation), (train_file, training)):
         write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)
@@ -229,9 +233,8 @@ def evaluate(
 
     draft = weights.load_draft(exported, dtype="float32")
     weights.check_draft_matches(draft.config, target.config)
-    data_sets = {domain: prompts[: sizes.heldout_prompts] for domain, prompts in heldout.items()}
     settings = Settings(sizes.max_new_tokens, stops, runs=sizes.runs)
-    reports = benchmark_decoding(target, draft, data_sets, settings)
+    reports = benchmark_decoding(target, draft, heldout, settings)
     print_table("held-out prompts, with the exported draft", reports, table(reports))
     return reports
 

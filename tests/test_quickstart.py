@@ -17,15 +17,15 @@ from specjax import quickstart
 from specjax.data import embedded
 from specjax.data.embedded import stdlib_conversations
 from specjax.generate import main as generate_main
-from specjax.quickstart import DOMAINS, SUMMARY_FIELDS, embedded_prompts, main
+from specjax.quickstart import SUMMARY_FIELDS, embedded_prompts, main, prompt_counts
 from specjax.weights import load_draft, read_fingerprint
 from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS
 from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.model_folders import LAYERS, save_target_with_tokenizer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
-STEPS, TRAIN, HELDOUT, VALIDATION, NEW, NEW_CODE = 2, 9, 2, 4, 8, 3
-LONGEST, DEFAULT_HELDOUT = quickstart.MAX_PROMPT_TOKENS, 20 + quickstart.VALIDATION_PROMPTS // 2
+STEPS, TRAIN, HELDOUT, VALIDATION, NEW, NEW_CODE = 2, 9, 4, 6, 8, 3
+LONGEST, DEFAULT_HELDOUT = quickstart.MAX_PROMPT_TOKENS, 60 + quickstart.VALIDATION_PROMPTS
 FIELDS = [  # that the quickstart promises
     *("acceptance_length", "acceptance_rate", "speedup_decode", "speedup_end_to_end"),
     *("ar_tokens_per_s", "speculative_tokens_per_s", "identical", "repeated_4gram_fraction", "prompts", "tokens"),
@@ -88,8 +88,8 @@ def test_the_summary_holds_what_is_promised(finished: Path) -> None:
     assert list(summary["data_sets"]) == ["code", "word problems", "all"]
     assert {name: summary[name] for name in FIELDS} == {name: summary["data_sets"]["all"][name] for name in FIELDS}
     assert summary["identical"] is True
-    assert summary["prompts"] == 2 * HELDOUT
-    assert 2 * HELDOUT <= summary["tokens"] <= 2 * HELDOUT * NEW
+    assert summary["prompts"] == HELDOUT
+    assert HELDOUT <= summary["tokens"] <= HELDOUT * NEW
     assert summary["acceptance_length"] >= 1
     assert all("outputs" not in report for report in summary["data_sets"].values())
     assert "git_revision" in summary["metadata"]
@@ -109,7 +109,7 @@ def test_the_exported_draft_is_one_that_servers_load(finished: Path) -> None:
 
 def test_answers_are_the_targets_to_prompts_of_both_domains(finished: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target)
-    for name, count, code in (("train", TRAIN, TRAIN // 3), ("validation", VALIDATION, VALIDATION // 2)):
+    for name, count in (("train", TRAIN), ("validation", VALIDATION)):
         records = rows(finished / "data" / f"{name}.jsonl")
         assert len(records) == count
         prompts, lengths = [], []
@@ -121,20 +121,20 @@ def test_answers_are_the_targets_to_prompts_of_both_domains(finished: Path, targ
         assert all(text.startswith("<|im_start|>user\n") for text in prompts)
         assert all(text.endswith("<|im_start|>assistant\n") for text in prompts)
         of_code = [length for length, text in zip(lengths, prompts, strict=True) if "def " in text]
-        assert len(of_code) == code
+        assert len(of_code) == count // 3
         assert 1 <= max(of_code) <= NEW_CODE < max(lengths) <= NEW
     assert not list(finished.rglob("*.partial"))
 
 
 def test_no_prompt_is_in_two_sets(finished: Path, target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target)
-    heldout = embedded_prompts(tokenizer, "heldout", dict.fromkeys(DOMAINS, HELDOUT + VALIDATION // 2))
-    sets = [{tuple(prompt) for prompts in heldout.values() for prompt in prompts[:HELDOUT]}]
+    heldout = embedded_prompts(tokenizer, "heldout", prompt_counts(HELDOUT))
+    sets = [{tuple(prompt) for prompts in heldout.values() for prompt in prompts}]
     for name in ("train", "validation"):
         records = rows(finished / "data" / f"{name}.jsonl")
         sets.append({tuple(r["input_ids"][: r["loss_mask"].index(1)]) for r in records})
-    assert [len(prompts) for prompts in sets] == [2 * HELDOUT, TRAIN, VALIDATION]
-    assert len(set.union(*sets)) == 2 * HELDOUT + TRAIN + VALIDATION
+    assert [len(prompts) for prompts in sets] == [HELDOUT, TRAIN, VALIDATION]
+    assert len(set.union(*sets)) == HELDOUT + TRAIN + VALIDATION
 
 
 def test_a_second_call_resumes_and_answers_nothing_again(
@@ -174,6 +174,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([], {"max_new_tokens": NEW + 1}, "answers of other settings or another target; delete"),
         ([f"training.steps={STEPS + 1}"], {}, "the run to resume differs in training"),
         ([], {"runs": 0}, "error: --runs is 0; give at least 1"),
+        ([], {"heldout_prompts": 1}, "error: --heldout-prompts is 1; give at least 2"),
         (["data.train=[a.jsonl, b.jsonl]"], {}, "data.train names 2 files"),
         (["data.validation=[]"], {}, "data.validation names 0 files"),
         (["logging.tensorboard=false"], {}, "logging.tensorboard is false"),
@@ -230,7 +231,7 @@ def test_the_standard_library_holds_enough_for_the_default_sizes(monkeypatch: py
     """The one honest walk, with the embedded target's own tokenizer."""
     monkeypatch.setattr(embedded, "stdlib_conversations", stdlib_conversations)
     monkeypatch.setattr(quickstart, "MAX_PROMPT_TOKENS", LONGEST)
-    counts = dict.fromkeys(DOMAINS, DEFAULT_HELDOUT)
+    counts = prompt_counts(DEFAULT_HELDOUT)
     prompts = embedded_prompts(AutoTokenizer.from_pretrained(EMBEDDED_FOLDER), "heldout", counts)
     assert {domain: len(found) for domain, found in prompts.items()} == counts
     assert max(len(prompt) for found in prompts.values() for prompt in found) <= LONGEST
