@@ -111,7 +111,8 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     from specjax import weights
     from specjax.models.precision import matmul_precision
     from specjax.training.capture import capture
-    from specjax.training.run import draft_config_of, train
+    from specjax.training.run import train
+    from specjax.training.tasks import draft_config_of
     from specjax.weights.orbax_checkpoint import latest_step
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 

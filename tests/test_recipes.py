@@ -17,7 +17,7 @@ from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft
 from specjax.models.layers import RopeConfig
 from specjax.models.sharding import make_mesh, mesh_scope
-from specjax.training.run import draft_config_of
+from specjax.training.tasks import draft_config_of
 from specjax.weights.hf_config import decoder_config_from_hf
 from specjax.weights.module_params import abstract_module, flat_params
 

@@ -22,8 +22,9 @@ from specjax.models.decoder import Decoder
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import SPECS, put
 from specjax.training.objectives import run_target
-from specjax.training.run import check_batch_size, compute_dtype, examples_of, mesh_of, tap_recipe
+from specjax.training.run import check_batch_size, examples_of, mesh_of, tap_recipe
 from specjax.training.step import Batch
+from specjax.training.tasks import compute_dtype
 from specjax.weights import load_target, read_target_config
 
 SHARD_BYTES = 256 * 2**20  # of states, about

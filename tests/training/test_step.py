@@ -19,9 +19,10 @@ from specjax.models.sharding import BATCH, make_mesh
 from specjax.training.loop import to_device
 from specjax.training.objectives import BlockDiffusionLoss
 from specjax.training.optimizer import learning_rate_schedule, make_optimizer
-from specjax.training.run import draft_config_of, draft_task, read_data
+from specjax.training.run import read_data
 from specjax.training.state import TrainState
 from specjax.training.step import make_train_step
+from specjax.training.tasks import draft_config_of, draft_task
 from specjax.weights import decoder_config_from_hf, flat_params
 from specjax.weights.module_params import abstract_module
 from tests.training.tiny import TARGET_SHAPE, edited, parsed

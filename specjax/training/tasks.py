@@ -1,0 +1,162 @@
+"""What a run trains: a draft beside its frozen target, or a decoder, with loss, evaluation and run files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from specjax.blockdiff.terms import needs_teacher
+from specjax.config import RunConfig
+from specjax.errors import InputError
+from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
+from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
+from specjax.training import flops
+from specjax.training.evaluation import causal_lm_evaluator, draft_evaluator
+from specjax.training.metrics import Metrics
+from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
+from specjax.training.step import LossFunction
+from specjax.weights import (
+    decoder_config_to_hf,
+    draft_config_to_hf,
+    load_target,
+    model_folder,
+    read_target_config,
+    target_digest,
+    target_fingerprint,
+)
+from specjax.weights.load import CONFIG_FILE as MODEL_CONFIG_FILE
+from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
+from specjax.weights.side_files import unshaping_fields
+from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
+
+TARGET_FILE = "target.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between training a draft and training a decoder."""
+
+    model: nnx.Module
+    loss: LossFunction[Any]
+    frozen: Any
+    evaluator: Callable[[list[Any]], Callable[[Any], tuple[Metrics, float]]]
+    flops_per_step: float
+    flops_formula: str
+    num_anchors: int | None
+    files: dict[str, Any]
+
+
+def draft_task(config: RunConfig) -> Task:
+    """A fresh draft on the mesh in force, with the frozen target that teaches it."""
+    dtype = compute_dtype(config)
+    draft_config = draft_config_of(config)
+    _check_mesh(read_target_config(config.target.path))
+    target = load_target(config.target.path, dtype=dtype)
+    loss = BlockDiffusionLoss(
+        objective=config.loss.objective,
+        weighting=config.loss.weighting,
+        gamma=config.gamma,
+        alpha=config.loss.alpha,
+        cumulative_mask=config.loss.cumulative_mask,
+        chunk_blocks=config.loss.chunk_blocks,
+        query_chunk=config.training.attention_chunk,
+        remat=config.training.remat,
+    )
+    tokenizer = load_tokenizer(config.target.path)
+    fingerprint = target_fingerprint(
+        target,
+        chat_template=None if tokenizer is None else tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        thinking=json.dumps(config.data.chat_template_kwargs, sort_keys=True),
+    )
+    return Task(
+        model=jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=dtype))(),
+        loss=loss,
+        frozen=target,
+        evaluator=lambda batches: draft_evaluator(loss, target, batches),
+        flops_per_step=flops.dflash_step_flops(
+            target.config,
+            draft_config,
+            _shape(config),
+            runs_target=config.data.taps is None,
+            teacher=needs_teacher(config.loss.objective),
+        ),
+        flops_formula=flops.DFLASH_FORMULA,
+        num_anchors=config.data.num_anchors,
+        files={
+            RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config),
+            "specjax.json": fingerprint.to_json(),
+            TARGET_FILE: {"digest": target_digest(config.target.path)},
+        },
+    )
+
+
+def draft_config_of(config: RunConfig) -> DFlashConfig:
+    """The draft's architecture: the config's settings, completed from the target's."""
+    target = read_target_config(config.target.path)
+    draft = config.draft
+    try:
+        taps = draft.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, draft.num_taps or 0)
+        return DFlashConfig.for_target(
+            target,
+            num_layers=draft.num_layers,
+            block_size=draft.block_size,
+            mask_token_id=resolve_mask_token_id(
+                draft.mask_token_id,
+                load_tokenizer(config.target.path),
+                target.vocab_size,
+                stop_token_ids(config.target.path),
+            ),
+            target_layer_ids=tuple(taps),
+            sliding_window=draft.sliding_window,
+        )
+    except ValueError as error:
+        raise InputError(f"draft: {error}") from error
+
+
+def causal_lm_task(config: RunConfig) -> Task:
+    """The target itself, random or with its weights, on the mesh in force."""
+    dtype = compute_dtype(config)
+    folder = model_folder(config.target.path)
+    target_config = read_target_config(folder)
+    _check_mesh(target_config)
+    files = {RUN_TARGET_CONFIG: decoder_config_to_hf(target_config) | unshaping_fields(folder / MODEL_CONFIG_FILE)}
+    if config.target.init == "random":
+        model = jax.jit(lambda: Decoder(target_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
+    else:
+        model = load_target(config.target.path, dtype=dtype, param_dtype=jnp.float32)
+        files[TARGET_FILE] = {"digest": target_digest(config.target.path)}
+    loss = CausalLMLoss(query_chunk=config.training.attention_chunk, remat=config.training.remat)
+    return Task(
+        model=model,
+        loss=loss,
+        frozen=None,
+        evaluator=lambda batches: causal_lm_evaluator(loss, batches),
+        flops_per_step=flops.causal_lm_step_flops(target_config, _shape(config)),
+        flops_formula=flops.CAUSAL_LM_FORMULA,
+        num_anchors=None,
+        files=files,
+    )
+
+
+def _check_mesh(target: DecoderConfig) -> None:
+    try:
+        check_mesh_fits(target)
+    except ValueError as error:
+        raise InputError(f"mesh: {error}") from error
+
+
+def _shape(config: RunConfig) -> flops.StepShape:
+    return flops.StepShape(config.training.batch_size, config.data.max_length, config.data.num_anchors)
+
+
+def compute_dtype(config: RunConfig) -> Any:
+    """`target.dtype`, with auto resolved: bfloat16 on accelerators, float32 on CPU."""
+    if config.target.dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(config.target.dtype)
