@@ -31,9 +31,11 @@ def train(config: RunConfig | str | Path, *, resume: bool = False) -> Path:
         InputError: anything wrong with config, target, data or an existing `output_dir`.
     """
     from specjax.config import load_config
+    from specjax.decoding import generate
     from specjax.training import run
 
-    return run.train(load_config(config) if isinstance(config, str | Path) else config, resume=resume)
+    config = load_config(config) if isinstance(config, str | Path) else config
+    return run.train(config, generate=generate, resume=resume)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,8 @@ DEFAULT_EPOCHS = 6.0
 # Of each pair only the one in force is written.
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 
+DECODING = ("prompts", "max_new_tokens")  # settings of evaluation that are a draft's
+
 TERMS = ("ce", "ce_argmax", "kl", "tv", "lk", "streak", "ce_streak")
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -201,6 +203,13 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     every_steps: int = Field(500, ge=1, description="steps between evaluations; none without data.validation")
     samples: int = Field(64, ge=1, description="rows of data.validation, the same ones every time")
+    prompts: int = Field(
+        16,
+        ge=0,
+        description="prompts of data.validation, the same ones every time, that are answered with the draft: the "
+        "best checkpoint is that of the highest acceptance length; 0: teacher-forced measures alone",
+    )
+    max_new_tokens: int = Field(256, ge=2, description="of these answers")
 
 
 class LoggingConfig(Section):
@@ -246,6 +255,7 @@ class RunConfig(Section):
             given = sorted({"draft", "loss"} & self.model_fields_set)
             given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
             given += ["data.taps"] if self.data.taps is not None else []
+            given += [f"evaluation.{name}" for name in DECODING if name in self.evaluation.model_fields_set]
             if given:
                 raise ValueError(f"kind causal_lm trains no draft and ignores {', '.join(given)}; drop it")
         elif self.target.init == "random":
@@ -336,6 +346,8 @@ def dump_config(config: RunConfig) -> str:
     if config.kind == "causal_lm":
         raw = {key: value for key, value in raw.items() if key not in ("draft", "loss")}
         del raw["data"]["num_anchors"]
+        for name in DECODING:
+            del raw["evaluation"][name]
     return yaml.safe_dump(raw, sort_keys=False)
 
 

@@ -37,7 +37,9 @@ TRAINING_ANSWER_TOKENS = {"code": 64}
 VALIDATION_PROMPTS = 32
 WORD_PROBLEM_SEEDS = {"train": 0, "heldout": 1}
 DOMAINS = ("code", "word problems")
-CODE_SHARE = 1 / 3  # of the prompts of every set: a draft gains more from problems, whose answers are more regular
+# Of the training prompts: a draft gains more from problems, whose answers are far more regular. Validation and
+# held-out prompts are mixed alike.
+CODE_SHARE = 1 / 3
 SUMMARY_FIELDS = (
     "acceptance_length",
     "acceptance_rate",
@@ -69,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m specjax.quickstart", description=__doc__)
     parser.add_argument("config", nargs="?", default=DEFAULT_CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--train-prompts", type=int, default=1920, help="a third of them code, as of the held-out ones")
-    parser.add_argument("--heldout-prompts", type=int, default=60)
+    parser.add_argument("--train-prompts", type=int, default=1920, help="a third of them code")
+    parser.add_argument("--heldout-prompts", type=int, default=60, help="a third of them code")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=2, help="timed repetitions")
     args = parser.parse_intermixed_args(argv)
@@ -109,6 +111,7 @@ def check(config: RunConfig) -> None:
 def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     """Runs every stage and returns the held-out reports, by domain and of "all"."""
     from specjax import weights
+    from specjax.decoding import generate
     from specjax.models.precision import matmul_precision
     from specjax.training.capture import capture
     from specjax.training.run import train
@@ -130,7 +133,8 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
         beyond = {domain: prompts[domain][count:] for domain, count in measured.items()}
         answer_files(config, sizes, target, tokenizer, stops, beyond)
         taps = capture(config, config.data.taps or folder / TAPS, print)
-        train(config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})}), resume=True)
+        with_taps = config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})})
+        train(with_taps, generate=generate, resume=True)
         if latest_step(folder) != config.training.steps:
             raise InputError(f"training stopped at step {latest_step(folder)}; continue with the same command")
         exported = folder / "draft"
@@ -145,12 +149,16 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
 
 def prompt_counts(prompts: int) -> dict[str, int]:
     """How many of at least two prompts each domain has."""
-    code = max(1, round(prompts * CODE_SHARE))
+    code = round(prompts * CODE_SHARE)
     return dict(zip(DOMAINS, (code, prompts - code), strict=True))
 
 
 def embedded_prompts(tokenizer: Any, split: Any, counts: dict[str, int]) -> Prompts:
-    """At most `counts[domain]` prompts of each domain from a split of the embedded corpus, as token ids."""
+    """`counts[domain]` prompts of each domain from a split of the embedded corpus, as token ids.
+
+    Raises:
+        InputError: the corpus holds fewer.
+    """
     from specjax.data.embedded import stdlib_conversations, word_problems
     from specjax.data.prompts import chat_prompt
 
@@ -162,6 +170,11 @@ def embedded_prompts(tokenizer: Any, split: Any, counts: dict[str, int]) -> Prom
     for domain, conversations in sources.items():
         ids = (chat_prompt(c["messages"][:1], tokenizer, domain) for c in conversations)
         prompts[domain] = list(islice((p for p in ids if len(p) <= MAX_PROMPT_TOKENS), counts[domain]))
+        if len(prompts[domain]) < counts[domain]:
+            raise InputError(
+                f"{counts[domain]} {split} prompts of domain {domain} are needed, and there are "
+                f"{len(prompts[domain])}; ask for fewer --train-prompts or --heldout-prompts"
+            )
     return prompts
 
 
@@ -179,8 +192,8 @@ def answer_files(
     recipe = train_file.with_name("recipe.json")
     wanted = {
         "target": weights.target_fingerprint(target).embedding,
-        "train_prompts": sizes.train_prompts,
-        "heldout_prompts": sizes.heldout_prompts,  # the validation prompts are those that follow
+        "train_prompts": prompt_counts(sizes.train_prompts),
+        "heldout_prompts": prompt_counts(sizes.heldout_prompts),  # the validation prompts are those that follow
         "max_new_tokens": sizes.max_new_tokens,
     }
     if recipe.exists():

@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.distributed:
         _initialize()
 
+    from specjax.decoding import generate
     from specjax.training.run import train
 
-    train(config, resume=args.resume)
+    train(config, generate=generate, resume=args.resume)
 
 
 def _initialize(**settings: object) -> None:

@@ -25,7 +25,7 @@ from tests.model_folders import LAYERS, save_target_with_tokenizer
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 STEPS, TRAIN, HELDOUT, VALIDATION, NEW, NEW_CODE = 2, 9, 4, 6, 8, 3
-LONGEST, DEFAULT_HELDOUT = quickstart.MAX_PROMPT_TOKENS, 60 + quickstart.VALIDATION_PROMPTS
+LONGEST, DEFAULT_SETS = quickstart.MAX_PROMPT_TOKENS, (60, quickstart.VALIDATION_PROMPTS)
 FIELDS = [  # that the quickstart promises
     *("acceptance_length", "acceptance_rate", "speedup_decode", "speedup_end_to_end"),
     *("ar_tokens_per_s", "speculative_tokens_per_s", "identical", "repeated_4gram_fraction", "prompts", "tokens"),
@@ -175,6 +175,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([f"training.steps={STEPS + 1}"], {}, "the run to resume differs in training"),
         ([], {"runs": 0}, "error: --runs is 0; give at least 1"),
         ([], {"heldout_prompts": 1}, "error: --heldout-prompts is 1; give at least 2"),
+        ([], {"heldout_prompts": 999}, "heldout prompts of domain code are needed, and there are"),
         (["data.train=[a.jsonl, b.jsonl]"], {}, "data.train names 2 files"),
         (["data.validation=[]"], {}, "data.validation names 0 files"),
         (["logging.tensorboard=false"], {}, "logging.tensorboard is false"),
@@ -231,7 +232,8 @@ def test_the_standard_library_holds_enough_for_the_default_sizes(monkeypatch: py
     """The one honest walk, with the embedded target's own tokenizer."""
     monkeypatch.setattr(embedded, "stdlib_conversations", stdlib_conversations)
     monkeypatch.setattr(quickstart, "MAX_PROMPT_TOKENS", LONGEST)
-    counts = prompt_counts(DEFAULT_HELDOUT)
+    held_out, validation = map(prompt_counts, DEFAULT_SETS)
+    counts = {domain: count + validation[domain] for domain, count in held_out.items()}
     prompts = embedded_prompts(AutoTokenizer.from_pretrained(EMBEDDED_FOLDER), "heldout", counts)
     assert {domain: len(found) for domain, found in prompts.items()} == counts
     assert max(len(prompt) for found in prompts.values() for prompt in found) <= LONGEST

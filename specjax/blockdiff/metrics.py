@@ -5,6 +5,8 @@ Counts are additive: sum them over steps or processes first, then divide. What w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -21,3 +23,25 @@ def teacher_forced_acceptance_length(prefix_sum: float, blocks: float) -> float:
     short cannot match more slots than it has, so short answers bound this below what decoding can reach.
     """
     return float(prefix_sum) / float(blocks) if blocks else float("nan")
+
+
+def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of the n-grams of an output that occurred before in the same output, over all outputs."""
+    repeated = total = 0
+    for tokens in outputs:
+        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated / total if total else 0.0
+
+
+def accepted_drafts(count: int, rounds: Sequence[int]) -> list[bool]:
+    """Which of an answer's `count` tokens were accepted drafts; the others are the target's own.
+
+    The first token is the prefill's. A round of n tokens (matched drafts + 1, before any cut) adds n - 1 accepted
+    drafts and one of the target; a stop token or the limit may cut the last one.
+    """
+    flags = [False]
+    for tokens in rounds:
+        flags += [True] * (tokens - 1) + [False]
+    return flags[:count]

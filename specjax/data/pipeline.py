@@ -189,6 +189,22 @@ def fixed_batches(
     return batches
 
 
+def fixed_prompts(source: Examples, count: int, *, longest: int, seed: int = 0) -> list[list[int]]:
+    """The prompts, token ids before the first supervised one, of up to `count` of the samples of `fixed_batches`.
+
+    Samples without a prompt, without an answer, or with a prompt of more than `longest` tokens are passed over.
+    """
+    prompts: list[list[int]] = []
+    for index in grain.MapDataset.range(len(source)).seed(seed).shuffle():
+        if len(prompts) == count:
+            break
+        input_ids, loss_mask = source[int(index)]
+        length = int(np.argmax(loss_mask)) if loss_mask.any() else 0
+        if 1 <= length <= longest:
+            prompts.append(input_ids[:length].tolist())
+    return prompts
+
+
 def _check_arguments(source: Examples, *, max_length: int, seed: int) -> None:
     if not len(source):
         raise InputError("data set: no samples; give at least one")

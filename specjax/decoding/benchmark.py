@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.blockdiff.metrics import repeated_ngrams
 from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.generate import Batch, Generation, generate
 from specjax.decoding.loop import DecodeState
@@ -127,16 +128,6 @@ def acceptance(generations: Sequence[Generation], draft_tokens: int) -> Report:
         "acceptance_rate": float(matched.sum() / (rounds.size * draft_tokens)),
         "acceptance_by_position": [float((matched >= k).mean()) for k in range(1, draft_tokens + 1)],
     }
-
-
-def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int = 4) -> float:
-    """Share of the n-grams of an output that occurred before in the same output, over all outputs."""
-    repeated = total = 0
-    for tokens in outputs:
-        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-        repeated += len(grams) - len(set(grams))
-        total += len(grams)
-    return repeated / total if total else 0.0
 
 
 def _timed_pass(

@@ -1,31 +1,99 @@
-"""In-training evaluation on fixed held-out rows and anchors."""
+"""In-training evaluation on fixed held-out rows, anchors and prompts."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from specjax.blockdiff.metrics import accepted_drafts, repeated_ngrams
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.training.loop import HostBatch, to_device
-from specjax.training.metrics import Metrics, add, readable
+from specjax.training.metrics import Evaluation, Metrics, add, readable
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss, statistics
 from specjax.training.step import Batch
 
 Sums = dict[str, jax.Array]
 
 
-def draft_evaluator(
-    loss: BlockDiffusionLoss, target: Decoder, batches: Sequence[HostBatch]
-) -> Callable[[DFlashDraft], tuple[Metrics, float]]:
-    """Returns `draft -> (metrics, score)`: loss and acc@k against the data, acceptance length against the target.
+class Generation(Protocol):
+    """What `decoding.generate` returns."""
 
-    The score is the teacher-forced acceptance length: how many of the target's own greedy choices a block matches,
-    plus one.
+    @property
+    def tokens(self) -> list[list[int]]: ...
+    @property
+    def rounds(self) -> list[list[int]]: ...
+    @property
+    def decode_seconds(self) -> float: ...
+
+
+class Generate(Protocol):
+    """`decoding.generate`, which this package does not import."""
+
+    def __call__(
+        self,
+        target: Decoder,
+        prompts: Sequence[Sequence[int]],
+        draft: DFlashDraft,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+    ) -> Generation: ...
+
+
+@dataclass
+class Answers:
+    """Answers held-out prompts with a draft, all in one batch, and measures how it went.
+
+    to_text: token ids to text, for the sample.
+    """
+
+    generate: Generate
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    stop_token_ids: Sequence[int]
+    to_text: Callable[[Sequence[int]], str]
+    compiled: bool = False
+
+    def __call__(self, target: Decoder, draft: DFlashDraft) -> Evaluation:
+        """The score is the acceptance length; 0 where no prompt had a round. The first call's time is compilation."""
+        found = self.generate(target, self.prompts, draft, self.max_new_tokens, self.stop_token_ids)
+        rounds = [n for row in found.rounds for n in row]
+        metrics = {"repeated_4grams": repeated_ngrams(found.tokens)}
+        if rounds:
+            metrics["acceptance_length"] = float(np.mean(rounds))
+        if self.compiled:
+            tokens = sum(map(len, found.tokens)) - len(found.tokens)  # the first of each is the prefill's
+            metrics["decode_tokens_per_s"] = tokens / found.decode_seconds
+        self.compiled = True
+        sample = self._sample(self.prompts[0], found.tokens[0], found.rounds[0])
+        return Evaluation(metrics, metrics.get("acceptance_length", 0.0), sample)
+
+    def _sample(self, prompt: Sequence[int], tokens: Sequence[int], rounds: Sequence[int]) -> str:
+        parts = [f"```\n{self.to_text(prompt)}\n```\n\n"]
+        run: list[int] = []
+        flags = accepted_drafts(len(tokens), rounds)
+        for i, token in enumerate(tokens):
+            run.append(token)
+            if i + 1 == len(tokens) or flags[i + 1] != flags[i]:
+                text = html.escape(self.to_text(run)).replace("\n", "<br>")
+                parts.append(f"<b>{text}</b>" if flags[i] else text)
+                run = []
+        return "".join(parts)
+
+
+def draft_evaluator(
+    loss: BlockDiffusionLoss, target: Decoder, batches: Sequence[HostBatch], answers: Answers | None = None
+) -> Callable[[DFlashDraft], Evaluation]:
+    """Measures a draft: loss and acc@k against the data, acceptance length against the target, answers with it.
+
+    The score is the acceptance length of the answers; without them the teacher-forced one: how many of the target's
+    own greedy choices a block matches, plus one.
     """
 
     def sums(draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[Sums, Sums]:
@@ -38,18 +106,21 @@ def draft_evaluator(
 
     jitted = jax.jit(sums)
 
-    def evaluate(draft: DFlashDraft) -> tuple[Metrics, float]:
+    def evaluate(draft: DFlashDraft) -> Evaluation:
         data, greedy = _total(lambda batch: jitted(draft, target, batch), batches, 2)
-        metrics = readable(data)
         against = readable(greedy)
         names = ("acceptance_length_tf", "acceptance_length_sampled_tf")
-        return metrics | {name: against[name] for name in names}, against["acceptance_length_tf"]
+        metrics = readable(data) | {name: against[name] for name in names}
+        if answers is None:
+            return Evaluation(metrics, metrics["acceptance_length_tf"])
+        answered = answers(target, draft)
+        return answered._replace(metrics=metrics | answered.metrics)
 
     return evaluate
 
 
-def causal_lm_evaluator(loss: CausalLMLoss, batches: Sequence[HostBatch]) -> Callable[[Decoder], tuple[Metrics, float]]:
-    """Returns `model -> (metrics, score)`; the score is minus the loss."""
+def causal_lm_evaluator(loss: CausalLMLoss, batches: Sequence[HostBatch]) -> Callable[[Decoder], Evaluation]:
+    """Measures a decoder's loss; the score is minus the loss."""
 
     def sums(model: Decoder, batch: Batch) -> tuple[Sums]:
         loss_sum, data = loss(model, None, batch)
@@ -57,10 +128,10 @@ def causal_lm_evaluator(loss: CausalLMLoss, batches: Sequence[HostBatch]) -> Cal
 
     jitted = jax.jit(sums)
 
-    def evaluate(model: Decoder) -> tuple[Metrics, float]:
+    def evaluate(model: Decoder) -> Evaluation:
         (total,) = _total(lambda batch: jitted(model, batch), batches, 1)
-        metrics = readable(total)
-        return metrics, -metrics["loss"]
+        metrics: Metrics = readable(total)
+        return Evaluation(metrics, -metrics["loss"])
 
     return evaluate
 

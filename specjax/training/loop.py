@@ -21,7 +21,7 @@ from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.sharding import BATCH
 from specjax.training.checkpoints import Checkpoints
-from specjax.training.metrics import Metrics, MetricsWriter, add, readable
+from specjax.training.metrics import Evaluation, Metrics, MetricsWriter, add, readable
 from specjax.training.state import TrainState
 from specjax.training.step import Batch
 
@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 HostBatch = dict[str, np.ndarray]
 DEVICE_FIELDS = ("input_ids", "loss_mask", "document_ids", "anchors", "anchor_valid", "states")
 SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf", "learning_rate", "grad_norm", "tokens_per_s", "mfu")
-EVALUATION_SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf")
+EVALUATION_SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf", "acceptance_length", "repeated_4grams")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Loop(Generic[Model]):
     """Runs a jitted step over batches.
 
     step: `(state, frozen, batch) -> (state, metrics)` of `training.step.make_train_step`.
-    evaluate: `model -> (metrics, score)`, score being higher for a better model, or None.
+    evaluate: measures a model, or None.
     """
 
     plan: Plan
@@ -91,7 +91,7 @@ class Loop(Generic[Model]):
     frozen: Any
     checkpoints: Checkpoints
     writer: MetricsWriter
-    evaluate: Callable[[Model], tuple[Metrics, float]] | None = None
+    evaluate: Callable[[Model], Evaluation] | None = None
 
     def run(self, state: TrainState[Model], first_step: int, batches: Iterator[HostBatch]) -> TrainState[Model]:
         """Trains from `first_step` to the plan's end or the first signal; the last state is saved in either case.
@@ -152,9 +152,11 @@ class Loop(Generic[Model]):
 
     def _evaluate(self, state: TrainState[Model], done: int) -> float:
         assert self.evaluate is not None
-        metrics, score = self.evaluate(state.model)
-        self.writer.write("eval", done, metrics, EVALUATION_SHOWN)
-        return score
+        measured = self.evaluate(state.model)
+        self.writer.write("eval", done, measured.metrics, EVALUATION_SHOWN)
+        if measured.sample is not None:
+            self.writer.write_text("eval/sample", done, measured.sample)
+        return measured.score
 
 
 class _Clock:

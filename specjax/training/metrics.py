@@ -6,17 +6,31 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.text.metadata import create_summary_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from specjax.blockdiff.metrics import accuracy_by_position, teacher_forced_acceptance_length
 
 Metrics = dict[str, float]
+
+
+class Evaluation(NamedTuple):
+    """score: higher for a better model. sample: an answer in Markdown, accepted drafts bold; None without one."""
+
+    metrics: Metrics
+    score: float
+    sample: str | None = None
+
+
 ADDITIVE = ("correct", "supervised", "prefix", "expected", "blocks", "covered", "coverable", "weight", "loss_sum")
 
 
@@ -83,6 +97,14 @@ class MetricsWriter:
         shown = "  ".join(f"{name} {_format(metrics[name])}" for name in line if name in metrics)
         if shown:
             self.say(f"{prefix} step {step}  {shown}")
+
+    def write_text(self, name: str, step: int, markdown: str) -> None:
+        """Records a text that TensorBoard shows as Markdown."""
+        if self._events is not None:
+            metadata = create_summary_metadata(name, "")
+            tensor = TensorProto(dtype=DT_STRING, string_val=[markdown.encode()])
+            value = Summary.Value(tag=name, metadata=metadata, tensor=tensor)
+            self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from specjax.config import RunConfig, dump_config, load_config
 from specjax.data.conversations import find_files
-from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
+from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, fixed_prompts, read_examples
 from specjax.data.taps import TapCache, TapRecipe
 from specjax.errors import InputError
 from specjax.metadata import run_metadata
@@ -24,8 +24,9 @@ from specjax.models.precision import matmul_precision
 from specjax.models.sharding import make_mesh
 from specjax.training import flops
 from specjax.training.checkpoints import Checkpoints
+from specjax.training.evaluation import Answers, Generate
 from specjax.training.loop import Loop, Plan, data_share
-from specjax.training.metrics import MetricsWriter
+from specjax.training.metrics import Evaluation, MetricsWriter
 from specjax.training.optimizer import learning_rate_schedule, make_optimizer
 from specjax.training.state import TrainState
 from specjax.training.step import make_train_step
@@ -43,9 +44,10 @@ DATA_FILE = "data.json"
 FREE_ON_RESUME = ("checkpoint", "evaluation", "logging", "mesh", "output_dir")
 
 
-def train(config: RunConfig, *, resume: bool = False) -> Path:
+def train(config: RunConfig, *, generate: Generate | None = None, resume: bool = False) -> Path:
     """Runs `config` to its end, or to the first SIGINT or SIGTERM, and returns the run folder.
 
+    generate: `decoding.generate`, for evaluation by answers; None leaves only the teacher-forced measures.
     resume: continue the run in `output_dir` from its latest checkpoint (or start it, if there is none).
 
     Raises:
@@ -61,11 +63,20 @@ def train(config: RunConfig, *, resume: bool = False) -> Path:
         total = config.training.steps or data.num_steps
         assert total is not None
         _on_first_process(lambda: _write_files(run, config, task))
-        _fit(config, run, task, data, validation, total)
+        answers = held_out_answers(config, generate) if validation and generate is not None else None
+        evaluate = task.evaluator(validation, answers) if validation else None
+        _fit(config, run, task, data, evaluate, total)
     return run
 
 
-def _fit(config: RunConfig, run: Path, task: Task, data: TrainingData, validation: list[Any], total: int) -> None:
+def _fit(
+    config: RunConfig,
+    run: Path,
+    task: Task,
+    data: TrainingData,
+    evaluate: Callable[[Any], Evaluation] | None,
+    total: int,
+) -> None:
     schedule = learning_rate_schedule(config.optimizer, total)
     optimizer = make_optimizer(config.optimizer, schedule)
     state = TrainState.create(task.model, optimizer)
@@ -92,7 +103,7 @@ def _fit(config: RunConfig, run: Path, task: Task, data: TrainingData, validatio
                 frozen=task.frozen,
                 checkpoints=checkpoints,
                 writer=writer,
-                evaluate=task.evaluator(validation) if validation else None,
+                evaluate=evaluate,
             )
             if first < total:
                 loop.run(state, first, data.batches(first))
@@ -143,6 +154,30 @@ def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
         process_count=shares,
     )
     return data, validation
+
+
+def held_out_answers(config: RunConfig, generate: Generate) -> Answers | None:
+    """The prompts of data.validation that evaluation answers; None for a decoder and for evaluation.prompts 0."""
+    settings = config.evaluation
+    if config.kind != "dflash" or not settings.prompts:
+        return None
+    limit = read_target_config(config.target.path).max_position_embeddings
+    longest = min(config.data.max_length, limit - settings.max_new_tokens)
+    prompts = fixed_prompts(examples_of(config, config.data.validation), settings.prompts, longest=longest)
+    if not prompts:
+        raise InputError(
+            f"data.validation: no sample has a prompt of at most {longest} tokens before its first supervised one "
+            f"(of a context of {limit}, evaluation.max_new_tokens takes {settings.max_new_tokens}); give such samples, "
+            "or set evaluation.prompts=0"
+        )
+    tokenizer = load_tokenizer(config.target.path)
+    return Answers(
+        generate,
+        prompts,
+        settings.max_new_tokens,
+        stop_token_ids(config.target.path),
+        (lambda ids: " ".join(map(str, ids))) if tokenizer is None else tokenizer.decode,
+    )
 
 
 def check_batch_size(config: RunConfig) -> None:

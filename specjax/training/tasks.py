@@ -17,8 +17,8 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
 from specjax.training import flops
-from specjax.training.evaluation import causal_lm_evaluator, draft_evaluator
-from specjax.training.metrics import Metrics
+from specjax.training.evaluation import Answers, causal_lm_evaluator, draft_evaluator
+from specjax.training.metrics import Evaluation
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.training.step import LossFunction
 from specjax.weights import (
@@ -45,7 +45,7 @@ class Task:
     model: nnx.Module
     loss: LossFunction[Any]
     frozen: Any
-    evaluator: Callable[[list[Any]], Callable[[Any], tuple[Metrics, float]]]
+    evaluator: Callable[[list[Any], Answers | None], Callable[[Any], Evaluation]]
     flops_per_step: float
     flops_formula: str
     num_anchors: int | None
@@ -78,7 +78,7 @@ def draft_task(config: RunConfig) -> Task:
         model=jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=dtype))(),
         loss=loss,
         frozen=target,
-        evaluator=lambda batches: draft_evaluator(loss, target, batches),
+        evaluator=lambda batches, answers: draft_evaluator(loss, target, batches, answers),
         flops_per_step=flops.dflash_step_flops(
             target.config,
             draft_config,
@@ -136,7 +136,7 @@ def causal_lm_task(config: RunConfig) -> Task:
         model=model,
         loss=loss,
         frozen=None,
-        evaluator=lambda batches: causal_lm_evaluator(loss, batches),
+        evaluator=lambda batches, _: causal_lm_evaluator(loss, batches),
         flops_per_step=flops.causal_lm_step_flops(target_config, _shape(config)),
         flops_formula=flops.CAUSAL_LM_FORMULA,
         num_anchors=None,

@@ -3,8 +3,14 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 
-from specjax.blockdiff.metrics import accuracy_by_position, teacher_forced_acceptance_length
+from specjax.blockdiff.metrics import (
+    accepted_drafts,
+    accuracy_by_position,
+    repeated_ngrams,
+    teacher_forced_acceptance_length,
+)
 
 
 def test_accuracy_by_position_divides_counts_and_knows_what_was_not_measured():
@@ -15,3 +21,29 @@ def test_accuracy_by_position_divides_counts_and_knows_what_was_not_measured():
 def test_teacher_forced_acceptance_length_is_a_mean_over_blocks():
     assert teacher_forced_acceptance_length(10.0, 4.0) == 2.5
     assert math.isnan(teacher_forced_acceptance_length(0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "n", "share"),
+    [
+        ([[1, 1, 1, 1, 1, 1], [1, 2, 3]], 4, 2 / 3),
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], 4, 0),  # another prompt's answer may say the same
+        ([[1, 2, 1, 2]], 2, 1 / 3),
+        ([[1, 2, 3, 4, 5, 1, 2, 3, 4]], 4, 1 / 6),
+        ([[1, 2], []], 4, 0),
+    ],
+)
+def test_repeated_ngrams(outputs: list[list[int]], n: int, share: float) -> None:
+    assert repeated_ngrams(outputs, n) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("count", "rounds", "flags"),
+    [
+        (7, [3, 1, 2], [0, 1, 1, 0, 0, 1, 0]),
+        (5, [3, 4], [0, 1, 1, 0, 1]),  # the stop token, an accepted draft, cuts the last round
+        (1, [], [0]),
+    ],
+)
+def test_accepted_drafts(count: int, rounds: list[int], flags: list[int]) -> None:
+    assert accepted_drafts(count, rounds) == [bool(flag) for flag in flags]

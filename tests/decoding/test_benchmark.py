@@ -20,7 +20,6 @@ from specjax.decoding.benchmark import (
     _timed_pass,
     acceptance,
     benchmark_decoding,
-    repeated_ngrams,
     table,
 )
 from specjax.decoding.generate import Generation, generate
@@ -39,20 +38,6 @@ def test_acceptance_pools_the_rounds_of_all_prompts() -> None:
         "acceptance_rate": (0 + 3 + 2 + 1) / (4 * 3),
         "acceptance_by_position": [3 / 4, 2 / 4, 1 / 4],
     }
-
-
-@pytest.mark.parametrize(
-    ("outputs", "n", "share"),
-    [
-        ([[1, 1, 1, 1, 1, 1], [1, 2, 3]], 4, 2 / 3),
-        ([[1, 2, 3, 4], [1, 2, 3, 4]], 4, 0),  # another prompt's answer may say the same
-        ([[1, 2, 1, 2]], 2, 1 / 3),
-        ([[1, 2, 3, 4, 5, 1, 2, 3, 4]], 4, 1 / 6),
-        ([[1, 2], []], 4, 0),
-    ],
-)
-def test_repeated_ngrams(outputs: list[list[int]], n: int, share: float) -> None:
-    assert repeated_ngrams(outputs, n) == pytest.approx(share)
 
 
 @pytest.mark.parametrize(

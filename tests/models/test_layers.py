@@ -63,18 +63,26 @@ def test_rms_norm_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_gradients_of_a_product_are_not_rounded_to_the_compute_dtype(dtype: jnp.dtype) -> None:
-    linear = Linear(6, 4, spec=SPECS.column_io, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
-    x, dy = (jax.random.normal(jax.random.key(i), (2, 3, n)).astype(dtype) for i, n in ((0, 6), (1, 4)))
+    linear = Linear(6, 4, use_bias=True, spec=SPECS.column_io, dtype=dtype, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    x, dy = (jax.random.normal(jax.random.key(i), (16, 64, n)).astype(dtype) for i, n in ((0, 6), (1, 4)))
     with matmul_precision(dtype):
         y, pull = jax.vjp(lambda m, x: m(x, SPECS.act_btf), linear, x)
         grads, dx = pull(jax.reshard(dy, SPECS.act_btf))
     x64, dy64 = (np.asarray(a, np.float64) for a in (x, dy))
     kernel = np.asarray(linear.kernel[...].astype(dtype), np.float64)
-    rounding = {"rtol": float(jnp.finfo(dtype).eps), "atol": 1e-6}
+    rounding = {"rtol": float(jnp.finfo(dtype).eps), "atol": 1e-5}
     assert (y.dtype, dx.dtype, grads.kernel[...].dtype) == (dtype, dtype, jnp.float32)
     np.testing.assert_allclose(np.asarray(y, np.float64), x64 @ kernel, **rounding)
     np.testing.assert_allclose(np.asarray(dx, np.float64), dy64 @ kernel.T, **rounding)
-    np.testing.assert_allclose(grads.kernel[...], np.einsum("bti,bto->io", x64, dy64), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(grads.kernel[...], np.einsum("bti,bto->io", x64, dy64), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(grads.bias[...], dy64.sum((0, 1)), rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_of_a_norm_are_summed_in_float32() -> None:
+    norm, x = RMSNorm(6, 1e-6, param_dtype=jnp.float32), jax.random.normal(jax.random.key(0), (16, 64, 6), jnp.bfloat16)
+    gradient = jax.grad(lambda norm: norm(x).astype(jnp.float32).sum())(norm).scale[...]
+    normed = np.asarray(RMSNorm(6, 1e-6, param_dtype=jnp.float32)(x), np.float64)
+    np.testing.assert_allclose(gradient, normed.sum((0, 1)), rtol=1e-5, atol=1e-4)
 
 
 def test_embedding_rows_of_any_token_shape() -> None:

@@ -237,7 +237,7 @@ def test_evaluation_measures_acceptance_against_the_target_and_the_rest_against_
     greedy = reference_sums(case, lambda row, x: int(case.logits[row, x - 1].argmax()))
     data = reference_sums(case, data_label(case))
     host = {name: np.asarray(x) for name, x in case.batch.items()}
-    metrics, score = draft_evaluator(LOSS, case.target, [host, host])(case.draft)
+    metrics, score, _ = draft_evaluator(LOSS, case.target, [host, host])(case.draft)
     assert score == metrics["acceptance_length_tf"] == greedy["prefix"] / greedy["blocks"]
     assert score != data["prefix"] / data["blocks"]
     sampled = greedy["expected"] / greedy["blocks"]
@@ -268,6 +268,6 @@ def test_the_decoder_loss_is_that_of_the_plain_loop(case: Case) -> None:
     expected = {"loss_sum": np.array(loss), "weight": np.array(weight), "correct": np.array(correct)}
     assert_close({"loss_sum": ours, "weight": sums.weight, "correct": sums.statistics["correct"]}, expected)
     host = {name: np.asarray(x) for name, x in case.batch.items()}
-    metrics, score = causal_lm_evaluator(LM_LOSS, [host])(case.target)
+    metrics, score, _ = causal_lm_evaluator(LM_LOSS, [host])(case.target)
     assert -score == metrics["loss"] == pytest.approx(loss / weight, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(math.exp(loss / weight), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,13 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.weights import flat_params, load_run_params
+from specjax import generate, load_target
+from specjax.models.precision import matmul_precision
+from specjax.weights import flat_params, load_run_draft, load_run_params
 from tests.conftest import DEVICE_COUNT_FLAG
 from tests.training.conftest import FinishedRun
-from tests.training.tiny import edited, scalars, train, write_config
+from tests.training.tiny import STEPS, STOP_TOKEN, edited, scalars, train, write_config
 
 # The second process gets a SIGTERM during step 4 of the first run; the run after it exists already.
 SCRIPT = """
@@ -51,7 +55,7 @@ def free_port() -> int:
 def test_two_processes_train_as_one(raw: dict[str, Any], tmp_path: Path, finished_run: FinishedRun) -> None:
     rows = edited(raw, {"output_dir": str(tmp_path / "rows"), "checkpoint.every_steps": 1000, "data.validation": []})
     tensor = {"output_dir": str(tmp_path / "tensor"), "mesh.tensor": 2, "training.accumulation_steps": 2}
-    tensor = edited(raw, tensor)
+    tensor = edited(raw, tensor | {"evaluation.prompts": 12, "evaluation.max_new_tokens": 9})
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"XLA_FLAGS": f"{DEVICE_COUNT_FLAG}=1"}
     paths = [str(write_config(config)) for config in (rows, tensor)]
@@ -71,6 +75,12 @@ def test_two_processes_train_as_one(raw: dict[str, Any], tmp_path: Path, finishe
     whole = scalars(tmp_path / "tensor")
     for tag in ("train/loss", "train/grad_norm", "train/acc@1", "train/supervised_tokens", "eval/loss"):
         assert whole[tag] == pytest.approx(expected[tag], rel=1e-5), tag
+    draft = load_run_draft(tmp_path / "tensor")
+    with matmul_precision(jnp.float32):
+        target = load_target(raw["target"]["path"], dtype=jnp.float32)
+        lines = Path(raw["data"]["validation"][0]).read_text().splitlines()
+        answers = generate(target, [json.loads(line)["input_ids"][:5] for line in lines], draft, 9, (STOP_TOKEN,))
+    assert whole["eval/acceptance_length"][STEPS] == pytest.approx(np.mean([n for row in answers.rounds for n in row]))
     # Both stopped after the step in which one of them got the signal; one process with eight devices goes on.
     assert [path.name for path in (tmp_path / "rows" / "checkpoints").iterdir()] == ["4"]
     assert list(scalars(tmp_path / "rows")["train/loss"]) == [1, 2, 3, 4]

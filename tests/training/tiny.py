@@ -56,7 +56,7 @@ def raw_run(target: Path, data: Path, out: Path) -> dict[str, Any]:
         "loss": {"gamma": 2.0, "chunk_blocks": 3},
         "training": {"steps": STEPS, "batch_size": 8},
         "checkpoint": {"every_steps": 2},
-        "evaluation": {"every_steps": 3, "samples": 12},
+        "evaluation": {"every_steps": 3, "samples": 12, "prompts": 0},
         "logging": {"every_steps": 1},
     }
 
