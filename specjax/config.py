@@ -152,18 +152,29 @@ class OptimizerConfig(Section):
         1e-8, gt=0, description="added to the root of Adam's second moment, and to the norm that Muon divides by"
     )
     weight_decay: float = Field(0.0, ge=0, description="on matrices; with muon on hidden ones only")
-    schedule: Literal["cosine", "wsd"] = Field(
-        "cosine", description="after warm-up: cosine decay, or constant and then linear decay"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="after warm-up: cosine or linear decay, none, or none and then linear decay (wsd)"
     )
     warmup_ratio: float = Field(0.04, ge=0, lt=1, description="share of the steps")
     decay_ratio: float | None = Field(None, gt=0, le=1, description="wsd only; share of the steps; null: 0.2")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over its peak")
+    min_lr_ratio: float | None = Field(
+        None, ge=0, le=1, description="final learning rate over its peak, not with constant; null: 0.1"
+    )
     clip_norm: float = Field(1.0, gt=0, description="global gradient norm")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="of a running average of the parameters, which is then what is evaluated and exported; "
+        "the first steps average less: min(ema_decay, (1 + step) / (10 + step)); null: none",
+    )
 
     @model_validator(mode="after")
     def _no_ignored_setting(self) -> OptimizerConfig:
         if self.decay_ratio is not None and self.schedule != "wsd":
             raise ValueError("decay_ratio belongs to schedule 'wsd'; drop it")
+        if self.min_lr_ratio is not None and self.schedule == "constant":
+            raise ValueError("min_lr_ratio is set, but schedule 'constant' has no end; drop it")
         return self
 
 

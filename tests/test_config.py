@@ -40,7 +40,7 @@ def test_defaults_are_the_dflash_recipe(tmp_path):
     assert (config.loss.objective, config.loss.weighting, config.gamma) == ({"ce": 1.0}, "exp", 7.0)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.betas, optimizer.weight_decay) == (6e-4, (0.9, 0.95), 0.0)
-    assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.min_lr_ratio) == ("cosine", 0.04, 0.1)
+    assert (optimizer.schedule, optimizer.warmup_ratio, optimizer.min_lr_ratio) == ("cosine", 0.04, None)
     assert (optimizer.clip_norm, config.training.epochs, config.training.steps) == (1.0, 6.0, None)
     assert config.loss.cumulative_mask
 
@@ -174,6 +174,8 @@ BAD_PAIRS = [
     (("draft.num_taps=2", "draft.target_layer_ids=[1, 2, 3]"), "num_taps is 2 and target_layer_ids is"),
     (("kind=causal_lm", "draft.num_layers=2"), "kind causal_lm trains no draft and ignores draft"),
     (("kind=causal_lm", "loss.gamma=2", "data.num_anchors=4"), "ignores loss, data.num_anchors"),
+    (("kind=causal_lm", "evaluation.prompts=0"), "ignores evaluation.prompts"),
+    (("optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"), "min_lr_ratio is set, but schedule 'constant'"),
 ]
 
 

@@ -1,14 +1,15 @@
 """A run's checkpoints: asynchronous, the last k and the best k kept, restored onto any mesh.
 
-Layout (`weights.orbax_checkpoint` reads it): `checkpoints/STEP/` with the checkpointables `params` (the trained
-module's arrays by dotted name) and `optimizer` (optimizer state by tree path, and the step).
+Layout (`weights.orbax_checkpoint` reads it): `checkpoints/STEP/` with the checkpointables `params` (the arrays of what
+is exported, by dotted name) and `optimizer` (by tree path: the step, the optimizer's state and, where `params` is an
+average, the parameters that training goes on with).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -65,18 +66,22 @@ class Checkpoints:
         leaves, structure = jax.tree.flatten(_optimizer_part(state))
         names = list(_checkpointables(state)[OPTIMIZER])
         assert len(names) == len(leaves)
-        count, opt_state = jax.tree.unflatten(structure, [restored[OPTIMIZER][name] for name in names])
-        return TrainState(count, with_params(state.model, restored[PARAMS]), opt_state)
+        count, opt_state, *trained = jax.tree.unflatten(structure, [restored[OPTIMIZER][name] for name in names])
+        result = with_params(state.model, restored[PARAMS])
+        if state.average is None:
+            return TrainState(count, result, opt_state)
+        return TrainState(count, with_params(state.model, trained[0]), opt_state, result)
 
 
-def _optimizer_part(state: TrainState[Model]) -> tuple[jax.Array, object]:
-    return state.step, state.opt_state
+def _optimizer_part(state: TrainState[Model]) -> tuple[Any, ...]:
+    trained = () if state.average is None else (flat_params(state.model),)
+    return state.step, state.opt_state, *trained
 
 
 def _checkpointables(state: TrainState[Model]) -> dict[str, dict[str, jax.Array]]:
     named = jax.tree_util.tree_leaves_with_path(_optimizer_part(state))
     optimizer = {jax.tree_util.keystr(path): leaf for path, leaf in named}
-    return {PARAMS: flat_params(state.model), OPTIMIZER: optimizer}
+    return {PARAMS: flat_params(state.result), OPTIMIZER: optimizer}
 
 
 def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:

@@ -152,7 +152,7 @@ class Loop(Generic[Model]):
 
     def _evaluate(self, state: TrainState[Model], done: int) -> float:
         assert self.evaluate is not None
-        measured = self.evaluate(state.model)
+        measured = self.evaluate(state.result)
         self.writer.write("eval", done, measured.metrics, EVALUATION_SHOWN)
         if measured.sample is not None:
             self.writer.write_text("eval/sample", done, measured.sample)

@@ -10,6 +10,7 @@ import optax
 from specjax.config import OptimizerConfig
 
 DEFAULT_DECAY_RATIO = 0.2
+DEFAULT_MIN_LR_RATIO = 0.1
 MUON_UPDATE_RMS = 0.2  # of an AdamW update, about
 VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 
@@ -17,16 +18,20 @@ VOCABULARY_MODULES = ("embed_tokens", "lm_head")
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_ratio` of the steps, then down to `min_lr_ratio` of the peak.
 
-    cosine: decays over all remaining steps. wsd: stays at the peak and decays linearly over the last `decay_ratio`.
+    cosine, linear: over all remaining steps. wsd: linearly over the last `decay_ratio` of the steps. constant: never.
     """
     warmup = max(1, round(config.warmup_ratio * total_steps))
-    peak, end = config.learning_rate, config.learning_rate * config.min_lr_ratio
+    peak = config.learning_rate
+    ratio = DEFAULT_MIN_LR_RATIO if config.min_lr_ratio is None else config.min_lr_ratio
+    end = peak * ratio
     rise = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    if config.schedule == "constant":
+        return optax.join_schedules([rise, optax.constant_schedule(peak)], [warmup])
     if config.schedule == "cosine":
-        fall = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup), alpha=config.min_lr_ratio)
+        fall = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup), alpha=ratio)
         return optax.join_schedules([rise, fall], [warmup])
-    decay = max(1, round((config.decay_ratio or DEFAULT_DECAY_RATIO) * total_steps))
-    start = max(warmup, total_steps - decay)
+    share = 1.0 if config.schedule == "linear" else config.decay_ratio or DEFAULT_DECAY_RATIO
+    start = max(warmup, total_steps - max(1, round(share * total_steps)))
     fall = optax.linear_schedule(peak, end, total_steps - start)
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, start])
 

@@ -79,7 +79,8 @@ def _fit(
 ) -> None:
     schedule = learning_rate_schedule(config.optimizer, total)
     optimizer = make_optimizer(config.optimizer, schedule)
-    state = TrainState.create(task.model, optimizer)
+    averages = config.optimizer.ema_decay is not None
+    state = TrainState.create(task.model, optimizer, averages=averages)
     kept = config.checkpoint
     with Checkpoints(run, keep_last=kept.keep_last, keep_best=kept.keep_best) as checkpoints:
         first = checkpoints.latest_step or 0
@@ -99,7 +100,7 @@ def _fit(
                 writer.say(f"mfu: {plan.flops_per_step:.3e} FLOPs a step = {task.flops_formula}")
             loop = Loop(
                 plan=plan,
-                step=make_train_step(task.loss, optimizer, schedule),
+                step=make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay),
                 frozen=task.frozen,
                 checkpoints=checkpoints,
                 writer=writer,

@@ -17,6 +17,7 @@ Model = TypeVar("Model")
 class TrainState(Generic[Model]):
     """The trained module (float32 masters), its optimizer state, and the number of updates made (int32 scalar).
 
+    average: the running average of the module's parameters, None without `optimizer.ema_decay`.
     The data position is a function of `step`, and all randomness of the run (anchors, shuffling) is a function of
     the run's seed and the data position, so nothing else has to be saved.
     """
@@ -24,12 +25,21 @@ class TrainState(Generic[Model]):
     step: jax.Array
     model: Model
     opt_state: optax.OptState
+    average: Model | None = None
 
     @classmethod
-    def create(cls, model: Model, optimizer: optax.GradientTransformation) -> TrainState[Model]:
+    def create(
+        cls, model: Model, optimizer: optax.GradientTransformation, *, averages: bool = False
+    ) -> TrainState[Model]:
         """The state before the first step. `model` is donated: its arrays become the state's."""
 
         def init(model: Model) -> TrainState[Model]:
-            return cls(jnp.zeros((), jnp.int32), model, optimizer.init(model))
+            average = jax.tree.map(jnp.copy, model) if averages else None
+            return cls(jnp.zeros((), jnp.int32), model, optimizer.init(model), average)
 
         return jax.jit(init, donate_argnums=0)(model)
+
+    @property
+    def result(self) -> Model:
+        """What is evaluated and exported: the average where there is one."""
+        return self.model if self.average is None else self.average

@@ -37,12 +37,14 @@ def make_train_step(
     loss_function: LossFunction[Model],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    ema_decay: float | None = None,
 ) -> Callable[[TrainState[Model], Any, Batch], tuple[TrainState[Model], dict[str, jax.Array]]]:
     """Returns a jitted `step(state, frozen, batch) -> (state, metrics)` that donates `state`.
 
     `batch` leaves are [micro-batches, rows, ...]. Gradients of the loss *sums* are accumulated and divided once by
     the sum of weights of the whole global batch, so a step does not depend on how the batch is split over devices
-    and micro-batches. A batch without any weight leaves the parameters' gradient at zero.
+    and micro-batches. A batch without any weight leaves the parameters' gradient at zero. `ema_decay` is that of the
+    state's average, which must exist if it is given.
     """
 
     def gradients(model: Model, frozen: Any, batch: Batch) -> tuple[Any, jax.Array, LossSums]:
@@ -73,6 +75,10 @@ def make_train_step(
             "learning_rate": schedule(state.step),
             **sums.statistics,
         }
-        return TrainState(state.step + 1, model, opt_state), metrics
+        average = state.average
+        if ema_decay is not None:
+            decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(lambda old, new: new + decay * (old - new), average, model)
+        return TrainState(state.step + 1, model, opt_state, average), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -36,7 +36,14 @@ def test_wsd_stays_at_its_peak_and_falls_linearly_at_the_end() -> None:
     assert list(rates(100, schedule="wsd")) == list(rates(100, schedule="wsd", decay_ratio=0.2))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_linear_falls_from_the_end_of_warm_up_and_constant_does_not() -> None:
+    expected = [PEAK * min((s + 1) / 10, 1 - 0.8 * (s - 10) / 90) for s in range(101)]
+    np.testing.assert_allclose(rates(100, schedule="linear", warmup_ratio=0.1, min_lr_ratio=0.2), expected, rtol=1e-5)
+    expected = [PEAK * min((s + 1) / 10, 1) for s in range(101)]
+    np.testing.assert_allclose(rates(100, schedule="constant", warmup_ratio=0.1), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize("total", [1, 2, 3])
 def test_short_runs_learn_at_every_step(schedule: str, total: int) -> None:
     ours = rates(total, schedule=schedule)[:total]

@@ -188,3 +188,29 @@ def test_a_folder_that_cannot_be_written_is_named(raw: dict[str, Any], capsys: p
     with pytest.raises(SystemExit, match="2"):
         train(raw)
     assert f"output_dir {raw['output_dir']}: cannot be written" in capsys.readouterr().err
+
+
+def test_a_resumed_average_is_that_of_the_uninterrupted_run(
+    raw: dict[str, Any], finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = edited(raw, {"optimizer.ema_decay": 0.6})
+    reference = train(edited(raw, {"output_dir": raw["output_dir"] + "-reference"}))
+    # The updates are those of the run without an average, which is what checkpoints hold as the parameters.
+    assert measured(reference)["train/loss"] == measured(finished_run.folder)["train/loss"]
+    assert measured(reference)["eval/loss"] != measured(finished_run.folder)["eval/loss"]
+    params = {name: np.asarray(x) for name, x in flat_params(load_run_params(reference)).items()}
+    assert any((value != finished_run.params[name]).any() for name, value in params.items())
+
+    with monkeypatch.context() as patch:
+        advance = MetricsWriter.advance
+
+        def stop_after_two_steps(self: MetricsWriter, step: int) -> None:
+            advance(self, step)
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(MetricsWriter, "advance", stop_after_two_steps)
+        train(raw)
+    run = train(raw, "--resume")
+    assert measured(run)["eval/loss"] == measured(reference)["eval/loss"]
+    assert_same_run(run, params)

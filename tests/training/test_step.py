@@ -46,8 +46,9 @@ def trainer(raw: dict[str, Any], steps: int = 1, **changes: Any) -> Trainer:
     schedule = learning_rate_schedule(config.optimizer, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
     batches = [to_device(data.batch(i), config.training.accumulation_steps) for i in range(steps)]
-    state = TrainState.create(task.model, optimizer)
-    return Trainer(state, task.frozen, make_train_step(task.loss, optimizer, schedule), batches)
+    decay = config.optimizer.ema_decay
+    state = TrainState.create(task.model, optimizer, averages=decay is not None)
+    return Trainer(state, task.frozen, make_train_step(task.loss, optimizer, schedule, decay), batches)
 
 
 def run(given: Trainer) -> tuple[TrainState[Any], list[dict[str, np.ndarray]]]:
@@ -104,6 +105,19 @@ def test_masters_are_float32_and_every_one_moves_under_bfloat16_compute(raw: dic
     size = sum(value.size for value in before.values())
     moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.dtype == jnp.float32)
     assert moments == 2 * size  # none of the target's
+
+
+@pytest.mark.usefixtures("one_device")
+def test_the_average_follows_the_parameters(raw: dict[str, Any]) -> None:
+    given = trainer(raw, 3, optimizer__ema_decay=0.15)
+    state, expected = given.state, host_params(given.state)
+    for step, batch in enumerate(given.batches):
+        state, _ = given.step(state, given.frozen, batch)
+        decay = min(0.15, (1 + step) / (10 + step))  # 0.1, then 0.15
+        expected = {name: decay * expected[name] + (1 - decay) * x for name, x in host_params(state).items()}
+    assert state.average is state.result
+    for name, value in flat_params(state.average).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.usefixtures("one_device")
