@@ -49,6 +49,11 @@ class TargetConfig(Section):
 
 
 class DraftConfig(Section):
+    init: str | None = Field(
+        None,
+        description="folder, hub id or run of a draft (its latest checkpoint) to start from, of the same taps and mask "
+        "token; the layers that num_layers adds to it change nothing at first; null: random",
+    )
     num_layers: int = Field(5, ge=1, description="draft layers")
     num_taps: int | None = Field(
         None, ge=1, description="tapped target layers, spread evenly; 5 unless target_layer_ids lists them"

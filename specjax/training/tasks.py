@@ -21,6 +21,7 @@ from specjax.training.evaluation import Answers, causal_lm_evaluator, draft_eval
 from specjax.training.metrics import Evaluation
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.training.step import LossFunction
+from specjax.training.warm_start import grown_config, warm_started
 from specjax.weights import (
     decoder_config_to_hf,
     draft_config_to_hf,
@@ -74,8 +75,9 @@ def draft_task(config: RunConfig) -> Task:
         chat_template=None if tokenizer is None else tokenizer.get_chat_template() if tokenizer.chat_template else None,
         thinking=json.dumps(config.data.chat_template_kwargs, sort_keys=True),
     )
+    model = jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
     return Task(
-        model=jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=dtype))(),
+        model=model if config.draft.init is None else warm_started(model, config.draft.init),
         loss=loss,
         frozen=target,
         evaluator=lambda batches, answers: draft_evaluator(loss, target, batches, answers),
@@ -102,7 +104,7 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
     draft = config.draft
     try:
         taps = draft.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, draft.num_taps or 0)
-        return DFlashConfig.for_target(
+        fresh = DFlashConfig.for_target(
             target,
             num_layers=draft.num_layers,
             block_size=draft.block_size,
@@ -117,6 +119,7 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
         )
     except ValueError as error:
         raise InputError(f"draft: {error}") from error
+    return fresh if draft.init is None else grown_config(draft, fresh)
 
 
 def causal_lm_task(config: RunConfig) -> Task:
