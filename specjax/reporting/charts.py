@@ -10,7 +10,7 @@ from typing import TypeVar
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 400, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 36  # margins around the plot, which hold the axes' labels
+LEFT, RIGHT, TOP, BOTTOM = 52, 22, 10, 36  # margins around the plot, which hold the axes' labels
 MARKED_POINTS = 30  # a series with more has no markers
 HOVER_POINTS = 60  # places of a series that show their value under the mouse
 DRAWN_BUCKETS = 200

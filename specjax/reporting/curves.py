@@ -29,6 +29,7 @@ CURVES = (
         "Acceptance length, teacher-forced",
         "acceptance_length_tf",
         "tokens a round; train: against the data's tokens, eval: against the target's own choices",
+        from_zero=True,
     ),
     Curve("Accuracy", "accuracy", "share of tokens predicted"),
     Curve("Perplexity", "perplexity", may_be_log=True),
