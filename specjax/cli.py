@@ -30,14 +30,19 @@ class Models:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
-    """Adds --target, --draft, --dtype, --tensor and --chat-template-kwargs."""
+    """Adds --target, --draft, --chat-template-kwargs, --dtype and --tensor."""
     parser.add_argument("--target", required=True, help="Hugging Face folder or hub id of the target, or 'embedded'")
     parser.add_argument("--draft", required=draft_required, help="z-lab folder or hub id of a draft, or a training run")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the models")
     parser.add_argument(
         "--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help='e.g. {"enable_thinking": false}'
     )
+    add_device_arguments(parser)
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --dtype and --tensor."""
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the models")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -268,13 +268,14 @@ def plot(folder: Path, reports: dict[str, Report]) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    from specjax.reporting.scalars import read_scalars
+
+    curves = read_scalars(folder / "tensorboard")
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, label in (("train/loss", "training"), ("eval/loss", "validation")):
-        if name in events.Tags()["scalars"]:
-            points = events.Scalars(name)
+        if name in curves:
+            points = curves[name]
             axes.plot([p.step for p in points], [p.value for p in points], marker=".", label=label)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title="Training the draft")
     axes.legend()
