@@ -33,15 +33,3 @@ def repeated_ngrams(outputs: Sequence[Sequence[int]], n: int = 4) -> float:
         repeated += len(grams) - len(set(grams))
         total += len(grams)
     return repeated / total if total else 0.0
-
-
-def accepted_drafts(count: int, rounds: Sequence[int]) -> list[bool]:
-    """Which of an answer's `count` tokens were accepted drafts; the others are the target's own.
-
-    The first token is the prefill's. A round of n tokens (matched drafts + 1, before any cut) adds n - 1 accepted
-    drafts and one of the target; a stop token or the limit may cut the last one.
-    """
-    flags = [False]
-    for tokens in rounds:
-        flags += [True] * (tokens - 1) + [False]
-    return flags[:count]

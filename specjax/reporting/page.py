@@ -101,6 +101,7 @@ def figures(run: Run) -> list[tuple[str, str, str]]:
     for metric, meaning in (
         ("eval/loss", "evaluation loss"),
         ("eval/perplexity", "evaluation perplexity"),
+        ("eval/acceptance_length", "acceptance length, held-out prompts decoded"),
         ("eval/acceptance_length_tf", "acceptance length, teacher-forced"),
     ):
         if metric in run.curves:

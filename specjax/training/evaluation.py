@@ -10,10 +10,11 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from specjax.blockdiff.metrics import accepted_drafts, repeated_ngrams
+from specjax.blockdiff.metrics import repeated_ngrams
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.rounds import segments, texts
 from specjax.training.loop import HostBatch, to_device
 from specjax.training.metrics import Evaluation, Metrics, add, readable
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss, statistics
@@ -75,16 +76,12 @@ class Answers:
         return Evaluation(metrics, metrics.get("acceptance_length", 0.0), sample)
 
     def _sample(self, prompt: Sequence[int], tokens: Sequence[int], rounds: Sequence[int]) -> str:
-        parts = [f"```\n{self.to_text(prompt)}\n```\n\n"]
-        run: list[int] = []
-        flags = accepted_drafts(len(tokens), rounds)
-        for i, token in enumerate(tokens):
-            run.append(token)
-            if i + 1 == len(tokens) or flags[i + 1] != flags[i]:
-                text = html.escape(self.to_text(run)).replace("\n", "<br>")
-                parts.append(f"<b>{text}</b>" if flags[i] else text)
-                run = []
-        return "".join(parts)
+        parts = segments(tokens, rounds)
+        shown = [f"```\n{self.to_text(prompt)}\n```\n\n"]
+        for part, text in zip(parts, texts(self.to_text, [part.tokens for part in parts]), strict=True):
+            escaped = html.escape(text).replace("\n", "<br>")
+            shown.append(f"<b>{escaped}</b>" if part.source == "draft" else escaped)
+        return "".join(shown)
 
 
 def draft_evaluator(

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from specjax.blockdiff.metrics import (
-    accepted_drafts,
     accuracy_by_position,
     repeated_ngrams,
     teacher_forced_acceptance_length,
@@ -35,15 +34,3 @@ def test_teacher_forced_acceptance_length_is_a_mean_over_blocks():
 )
 def test_repeated_ngrams(outputs: list[list[int]], n: int, share: float) -> None:
     assert repeated_ngrams(outputs, n) == pytest.approx(share)
-
-
-@pytest.mark.parametrize(
-    ("count", "rounds", "flags"),
-    [
-        (7, [3, 1, 2], [0, 1, 1, 0, 0, 1, 0]),
-        (5, [3, 4], [0, 1, 1, 0, 1]),  # the stop token, an accepted draft, cuts the last round
-        (1, [], [0]),
-    ],
-)
-def test_accepted_drafts(count: int, rounds: list[int], flags: list[int]) -> None:
-    assert accepted_drafts(count, rounds) == [bool(flag) for flag in flags]

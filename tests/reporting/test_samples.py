@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specjax.reporting.samples import INCOMPLETE, Segment, _pieces, segments, texts
+from specjax.reporting.samples import _pieces
+from specjax.rounds import INCOMPLETE, Segment, segments, texts
 
 ROUNDS = st.lists(st.integers(1, 8), max_size=6)
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters=INCOMPLETE), max_size=12)
