@@ -31,9 +31,7 @@ CURVES = (
         "tokens a round; train: against the data's tokens, eval: against the target's own choices",
         from_zero=True,
     ),
-    Curve(
-        "Acceptance length", "acceptance_length", "tokens a round, of held-out prompts really decoded", from_zero=True
-    ),
+    Curve("Acceptance length", "acceptance_length", "tokens a round, held-out prompts decoded", from_zero=True),
     Curve("Accuracy", "accuracy", "share of tokens predicted"),
     Curve("Perplexity", "perplexity", may_be_log=True),
     Curve("Learning rate", "learning_rate", from_zero=True),
@@ -71,7 +69,8 @@ def training_charts(run: Run) -> list[Chart]:
         if series:
             note = "acc@k: share of slots k whose most probable token is the data's"
             by_position.append(Chart(title, series, note=note, ordered=True, x_range=steps, y_range=SHARES))
-    return [*charts[:3], *by_position, *charts[3:]]
+    first = [chart for chart in charts if chart.title.startswith(("Loss", "Acceptance"))]
+    return [*first, *by_position, *charts[len(first) :]]
 
 
 def _positions(run: Run, prefix: str) -> list[int]:
