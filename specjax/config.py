@@ -149,6 +149,28 @@ class LossConfig(Section):
         return self
 
 
+class NoiseConfig(Section):
+    revealed: Literal["none", "fraction", "geometric"] = Field(
+        "none", description="tokens after a block's anchor that the draft is shown in training, and not asked for"
+    )
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="fraction only: share of the block_size - 1 slots, rounded down"
+    )
+    probability: float | None = Field(
+        None, gt=0, lt=1, description="geometric only: with which each further token is shown"
+    )
+
+    @model_validator(mode="after")
+    def _settings_of_the_law(self) -> NoiseConfig:
+        for name, law in (("fraction", "fraction"), ("probability", "geometric")):
+            given = getattr(self, name) is not None
+            if given and self.revealed != law:
+                raise ValueError(f"{name} belongs to revealed {law!r}, not {self.revealed!r}; drop it")
+            if not given and self.revealed == law:
+                raise ValueError(f"revealed is {law!r}, which needs {name}; set it")
+        return self
+
+
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = Field("adamw", description="muon: for hidden matrices, with Adam for the rest")
     learning_rate: float = Field(6e-4, gt=0, description="at its peak, after warm-up")
@@ -258,6 +280,7 @@ class RunConfig(Section):
     draft: DraftConfig = Field(default_factory=DraftConfig)
     data: DataConfig
     loss: LossConfig = Field(default_factory=LossConfig)
+    noise: NoiseConfig = Field(default_factory=NoiseConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -268,7 +291,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.kind == "causal_lm":
-            given = sorted({"draft", "loss"} & self.model_fields_set)
+            given = sorted({"draft", "loss", "noise"} & self.model_fields_set)
             given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
             given += ["data.taps"] if self.data.taps is not None else []
             given += [f"evaluation.{name}" for name in DECODING if name in self.evaluation.model_fields_set]
@@ -360,7 +383,7 @@ def dump_config(config: RunConfig) -> str:
         if raw[section][name] is None:
             del raw[section][name]
     if config.kind == "causal_lm":
-        raw = {key: value for key, value in raw.items() if key not in ("draft", "loss")}
+        raw = {key: value for key, value in raw.items() if key not in ("draft", "loss", "noise")}
         del raw["data"]["num_anchors"]
         for name in DECODING:
             del raw["evaluation"][name]

@@ -174,6 +174,11 @@ BAD_PAIRS = [
     (("draft.num_taps=2", "draft.target_layer_ids=[1, 2, 3]"), "num_taps is 2 and target_layer_ids is"),
     (("kind=causal_lm", "draft.num_layers=2"), "kind causal_lm trains no draft and ignores draft"),
     (("kind=causal_lm", "loss.gamma=2", "data.num_anchors=4"), "ignores loss, data.num_anchors"),
+    (
+        ("noise.revealed=fraction", "noise.probability=0.5"),
+        "probability belongs to revealed 'geometric', not 'fraction'",
+    ),
+    (("kind=causal_lm", "noise.revealed=none"), "ignores noise"),
     (("kind=causal_lm", "evaluation.prompts=0"), "ignores evaluation.prompts"),
     (("optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"), "min_lr_ratio is set, but schedule 'constant'"),
 ]

@@ -50,7 +50,7 @@ def draw_anchors(
     quotas = _quotas(lengths, [len(own) for own in by_document], num_anchors, len(loss_mask))
 
     drawn = [
-        _generator(seed, epoch, sample_id).permutation(own)[:quota]
+        sample_generator(seed, epoch, sample_id).permutation(own)[:quota]
         for sample_id, own, quota in zip(sample_ids, by_document, quotas, strict=True)
     ]
     chosen = np.sort(np.concatenate([np.zeros(0, np.int64), *drawn]))
@@ -68,6 +68,9 @@ def _quotas(lengths: Sequence[int], candidates: Sequence[int], num_anchors: int,
     return quotas
 
 
-def _generator(seed: int, epoch: int, sample_id: int) -> np.random.Generator:
-    """Counter-based: (seed, epoch) is the key, and a sample owns the 2^192 counter values below its highest word."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, sample_id]))
+def sample_generator(seed: int, epoch: int, sample_id: int, stream: int = 0) -> np.random.Generator:
+    """Random numbers of a sample in an epoch; `stream` tells apart what they are for (0: anchors).
+
+    Counter-based: (seed, epoch) is the key, and a stream of a sample owns the 2^128 counter values below its word.
+    """
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, sample_id]))

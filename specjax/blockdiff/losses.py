@@ -31,7 +31,8 @@ class BlockLoss:
     loss_sum: sum of the objective, weighted; divide by the whole global batch's `weight_sum`.
     weight_sum: sum of the weights of the supervised slots; of a streak, the number of blocks with a supervised slot.
     correct_k, supervised_k: [B] supervised slots k, and those whose argmax (lowest id of a tie) is the label.
-    prefix_sum: sum, over blocks with a supervised slot, of the leading supervised slots predicted right, plus 1.
+    prefix_sum: sum, over blocks with a supervised slot, of the slots predicted right from the first supervised one on,
+        plus 1.
     expected_sum: the same of the expected number when drafts are sampled, sum_j prod_{i <= j} (1 - TV_i), plus 1;
         0 without a teacher.
     blocks: number of blocks with a supervised slot.
@@ -183,8 +184,13 @@ def _row_sums(
 
 
 def _prefixes(probability: jax.Array, mask: jax.Array) -> jax.Array:
-    """Sum [b], over blocks with a supervised slot, of 1 + sum_j prod_{i <= j} probability_i over supervised slots."""
-    reached = jnp.cumprod(jnp.where(mask, probability, 0.0), axis=-1).sum(-1)
+    """Sum [b], over blocks with a supervised slot, of 1 + sum_j prod_{i <= j} probability_i.
+
+    The sum runs over the supervised slots from a block's first one on, up to the next slot that is not.
+    """
+    shown = jnp.cumsum(mask, axis=-1) == 0
+    product = jnp.cumprod(jnp.where(mask, probability, jnp.where(shown, 1.0, 0.0)), axis=-1)
+    reached = jnp.where(mask, product, 0.0).sum(-1)
     return jnp.where(mask.any(-1), jax.lax.stop_gradient(reached) + 1.0, 0.0).sum(1)
 
 

@@ -47,6 +47,15 @@ def slot_mask(
     return learnt_bNB & inside & valid_bN[..., None] & (slots > 0)
 
 
+def reveal(mask_bNB: jax.Array, revealed_bN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(shown, supervised), bool [b, N, B]: a `slot_mask` split after the first `revealed_bN` slots of each block.
+
+    Only what would have been supervised is shown: nothing behind the end of a turn or of a document.
+    """
+    first = jnp.arange(mask_bNB.shape[-1]) <= revealed_bN[..., None]
+    return mask_bNB & first, mask_bNB & ~first
+
+
 def covered_tokens(mask_bNB: jax.Array, anchors_bN: jax.Array, length: int) -> jax.Array:
     """Tokens that some block supervises, bool [b, length]; `mask_bNB` is a `slot_mask`."""
     positions_bNB = anchors_bN[..., None] + jnp.arange(mask_bNB.shape[-1])

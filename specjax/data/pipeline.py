@@ -8,7 +8,8 @@ A row holds one sample, or several if packed: documents that never see each othe
 A batch maps names to arrays, b = batch_size / process_count rows, S = max_length, N = num_anchors:
 `input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1, 2, ... on the tokens of a row's
 first, second, ... sample, 0 on padding) and, unless num_anchors is None, `anchors` int32 [b, N] and `anchor_valid`
-bool [b, N]; with a `TapCache` also `states` [b, S, m + d] in the cache's dtype, 0 on padding.
+bool [b, N]; with a `RevealedPrefix` also `revealed` int32 [b, N]; with a `TapCache` also `states` [b, S, m + d] in the
+cache's dtype, 0 on padding.
 """
 
 import functools
@@ -22,6 +23,7 @@ import grain
 import numpy as np
 
 from specjax.blockdiff.anchors import draw_anchors
+from specjax.blockdiff.noise import RevealedPrefix, draw_revealed
 from specjax.data.chat_template import ChatTokenizer
 from specjax.data.conversations import Conversation, JsonlRecords, Record, check_token_ids
 from specjax.data.packing import RowPlan, one_sample_a_row, pack
@@ -130,6 +132,7 @@ class TrainingData:
         epochs: float | None,
         packing: bool = False,
         taps: TapCache | None = None,
+        revealed: RevealedPrefix | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -140,7 +143,7 @@ class TrainingData:
         plan = pack(sample_lengths(source), max_length, seed=seed) if packing else one_sample_a_row(len(source))
         build = functools.partial(_rows, source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed)
         _check_supervision(build(), min(len(plan), CHECKED_ROWS))
-        rows = build(taps=taps)
+        rows = build(taps=taps, revealed=revealed)
         self.steps_per_epoch = math.ceil(len(plan) / batch_size)
         # The stream has no seam between epochs, so the last step borrows its missing rows from the next epoch.
         self.num_steps = None if epochs is None else math.ceil(epochs * len(plan) / batch_size)
@@ -237,11 +240,12 @@ def _rows(
     num_anchors: int | None,
     seed: int,
     taps: TapCache | None = None,
+    revealed: RevealedPrefix | None = None,
 ) -> grain.MapDataset:
     """The endless stream of rows in global order: row i is a pure function of (seed, i)."""
     # The shuffle keys on (seed, epoch) and so reorders each epoch of the repeated stream.
     order = grain.MapDataset.range(len(plan)).seed(seed).shuffle().repeat(ENDLESS_EPOCHS)
-    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed, taps)
+    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed, taps, revealed)
     return order.map_with_index(build)
 
 
@@ -252,6 +256,7 @@ def _build_row(
     num_anchors: int | None,
     seed: int,
     taps: TapCache | None,
+    revealed: RevealedPrefix | None,
     position: int,
     row_id: int,
 ) -> Batch:
@@ -283,6 +288,15 @@ def _build_row(
             epoch=position // len(plan),
             sample_ids=sample_ids,
         )
+        if revealed is not None:
+            row["revealed"] = draw_revealed(
+                revealed,
+                row["anchors"],
+                row["document_ids"],
+                seed=seed,
+                epoch=position // len(plan),
+                sample_ids=sample_ids,
+            )
     return row
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.blockdiff.losses import BlockLoss, Teacher, block_loss
-from specjax.blockdiff.masks import context_ranges, covered_tokens, document_starts, slot_mask
+from specjax.blockdiff.masks import context_ranges, covered_tokens, document_starts, reveal, slot_mask
 from specjax.blockdiff.noise import block_inputs
 from specjax.blockdiff.terms import needs_teacher
 from specjax.models.decoder import Decoder, DecoderOutput
@@ -59,12 +59,17 @@ class BlockDiffusionLoss:
         return self._sums(draft, target, batch, output.taps, noise_ids, labels, teacher)
 
     def blocks(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Noise ids and labels, [b, N, B]."""
         config = draft.config
-        return block_inputs(batch["input_ids"], batch["anchors"], config.block_size, config.mask_token_id)
+        shown, _ = self._shown_and_supervised(draft, batch)
+        return block_inputs(batch["input_ids"], batch["anchors"], config.block_size, config.mask_token_id, shown)
 
     def slots(self, draft: DFlashDraft, batch: Batch) -> jax.Array:
         """The supervised slots, bool [b, N, B]."""
-        return slot_mask(
+        return self._shown_and_supervised(draft, batch)[1]
+
+    def _shown_and_supervised(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array | None, jax.Array]:
+        mask = slot_mask(
             batch["loss_mask"],
             batch["document_ids"],
             batch["anchors"],
@@ -72,6 +77,7 @@ class BlockDiffusionLoss:
             draft.config.block_size,
             cumulative=self.cumulative_mask,
         )
+        return reveal(mask, batch["revealed"]) if "revealed" in batch else (None, mask)
 
     def run_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> DecoderOutput:
         return run_target(target, batch, draft.config.target_layer_ids, self.query_chunk)

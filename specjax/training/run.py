@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from specjax.blockdiff.noise import RevealedPrefix
 from specjax.config import RunConfig, dump_config, load_config
 from specjax.data.conversations import find_files
 from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, fixed_prompts, read_examples
@@ -140,6 +141,7 @@ def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
         epochs=None if config.training.steps else config.training.epochs,
         packing=config.data.packing,
         taps=taps,
+        revealed=revealed_prefix(config),
         process_index=share,
         process_count=shares,
     )
@@ -155,6 +157,15 @@ def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
         process_count=shares,
     )
     return data, validation
+
+
+def revealed_prefix(config: RunConfig) -> RevealedPrefix | None:
+    noise = config.noise
+    if noise.revealed == "none":
+        return None
+    value = noise.fraction if noise.revealed == "fraction" else noise.probability
+    assert value is not None
+    return RevealedPrefix(noise.revealed, value, config.draft.block_size)
 
 
 def held_out_answers(config: RunConfig, generate: Generate) -> Answers | None:

@@ -66,7 +66,7 @@ def reference_loss(
                 out.correct_k[k] += right[k]
                 out.supervised_k[k] += 1
             prefix = 0
-            while prefix + 1 < block_size and right.get(prefix + 1, False):
+            while right.get(slots[0] + prefix, False):
                 prefix += 1
             out.prefix_sum += prefix + 1
             out.blocks += 1

@@ -92,7 +92,7 @@ def reference(inputs: Inputs, objective: Mapping[str, float], weighting: str | N
         taught = [softmax(final[i, anchors[i, j] + k - 1] @ head) for k in slots]
         wanted = [int(labels[i, j, k]) for k in slots]
         overlap = {k: np.minimum(p, q).sum() for k, p, q in zip(slots, taught, laws, strict=True)}
-        out["expected_sum"] += 1 + np.cumprod([overlap.get(k, 0.0) for k in range(1, B)]).sum()
+        out["expected_sum"] += 1 + np.cumprod([overlap.get(k, 0.0) for k in range(min(overlap), B)]).sum()
         if weighting is None:
             (name,) = objective
             value, grads = streak(name, laws, wanted)

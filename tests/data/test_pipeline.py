@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from specjax.blockdiff.anchors import draw_anchors
+from specjax.blockdiff.noise import RevealedPrefix, draw_revealed
 from specjax.data.chat_template import ChatTokenizer
 from specjax.data.conversations import parse_record
 from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
@@ -283,3 +284,21 @@ def test_a_bad_line_met_while_training_raises_from_the_stream(tmp_path):
     next(batches)
     with pytest.raises(InputError, match=rf"a\.jsonl, line {late + 1}: input_ids has"):
         next(batches)
+
+
+def test_revealed_lengths_are_drawn_for_the_samples_of_a_row():
+    prefix = RevealedPrefix("geometric", 0.6, 8)
+    batches = list(TrainingData(make_source(11), **OPTIONS, revealed=prefix).batches(0))
+    for step, batch in enumerate(batches):
+        assert batch["revealed"].dtype == np.int32
+        for row, sample in enumerate(sample_ids(batch)):
+            expected = draw_revealed(
+                prefix,
+                batch["anchors"][row],
+                batch["document_ids"][row],
+                seed=7,
+                epoch=(4 * step + row) // 11,
+                sample_ids=[sample],
+            )
+            np.testing.assert_array_equal(batch["revealed"][row], expected)
+    assert np.unique(np.concatenate([batch["revealed"] for batch in batches])).size > 2

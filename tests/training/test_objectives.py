@@ -104,13 +104,21 @@ def case(few_words: Path) -> Case:
     return Case(target, draft, batch, torch_draft, tokens, loss_mask, taps, logits, embedding, head)
 
 
-def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
+def reference_sums(case: Case, label: Callable[[int, int], int], revealed: np.ndarray | None = None) -> Sums:
     """The block loss's sums, slot by slot; `label(row, position)` is what a block is to predict there.
 
+    revealed: how many slots of a block after its anchor are shown, [b, N].
     expected: of the leading slots accepted when drafts are sampled, at the overlap of draft and target.
     """
+    revealed = np.zeros_like(ANCHORS) if revealed is None else revealed
     noise_ids = np.full((ROWS, ANCHORS.shape[1], BLOCK), MASK_TOKEN)
     noise_ids[..., 0] = np.take_along_axis(case.tokens, ANCHORS, 1)
+    for row, j in np.argwhere(VALID):
+        for k in range(1, revealed[row, j] + 1):
+            x = ANCHORS[row, j] + k
+            if x >= LENGTH or DOCUMENTS[row, x] != DOCUMENTS[row, x - k] or not case.loss_mask[row, x]:
+                break
+            noise_ids[row, j, k] = case.tokens[row, x]
     start = np.take_along_axis(STARTS, ANCHORS, 1)
     with torch.no_grad():
         inputs = (torch.tensor(np.arange(LENGTH) - STARTS), case.embedding[torch.tensor(noise_ids)])
@@ -125,6 +133,8 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
             x = anchor + k
             if x >= LENGTH or DOCUMENTS[row, x] != DOCUMENTS[row, anchor] or not case.loss_mask[row, x]:
                 break
+            if k <= revealed[row, j]:
+                continue
             scores, wanted = logits[row, j, k], label(row, x)
             weight = math.exp(-(k - 1) / GAMMA)
             sums["loss_sum"] += weight * (np.log(np.exp(scores).sum()) - scores[wanted])
@@ -138,9 +148,10 @@ def reference_sums(case: Case, label: Callable[[int, int], int]) -> Sums:
             expected += reached
         else:
             k = BLOCK
-        sums["blocks"] += k > 1
-        sums["prefix"] += prefix if k > 1 else 0
-        sums["expected"] += expected if k > 1 else 0
+        supervised = k > 1 + revealed[row, j]
+        sums["blocks"] += supervised
+        sums["prefix"] += prefix if supervised else 0
+        sums["expected"] += expected if supervised else 0
     return sums | {"covered": np.array(len(covered)), "coverable": case.loss_mask.sum()}
 
 
@@ -164,6 +175,16 @@ def test_the_draft_loss_is_that_of_the_plain_loop(case: Case) -> None:
     expected = reference_sums(case, data_label(case)) | {"expected": np.zeros(())}  # there is no teacher
     assert expected["supervised"][BLOCK - 1] > 2
     assert_close(loss_sums(case), expected)
+
+
+def test_a_revealed_prefix_is_input_and_not_label(case: Case) -> None:
+    revealed = (np.arange(ANCHORS.size).reshape(ANCHORS.shape) % 3).astype(np.int32)
+    expected = reference_sums(case, data_label(case), revealed) | {"expected": np.zeros(())}
+    plain = reference_sums(case, data_label(case))
+    assert 0 < expected["supervised"].sum() < plain["supervised"].sum()
+    assert expected["blocks"] < expected["prefix"]
+    batch = case.batch | {"revealed": put(revealed, SPECS.act_bt)}
+    assert_close(loss_sums(case._replace(batch=batch)), expected)
 
 
 def labels_shifted_by_one(*args: Any) -> Any:
