@@ -199,7 +199,7 @@ def test_every_mistake_is_reported_at_once_with_the_file(tmp_path):
         "output_dir is 3",
         "did you mean mesh.fsdp (",
         "target is missing; set target.path (Hugging Face folder",
-        "data.train is missing; set data.train (JSONL files",
+        "data.train is missing; set data.train (JSONL or Parquet files",
     ):
         assert part in text
 
