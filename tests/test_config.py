@@ -78,6 +78,11 @@ def test_overrides_add_sections_replace_values_and_parse_yaml(tmp_path):
     assert config.output_dir == "runs/a=b"
 
 
+def test_a_source_may_have_a_weight(tmp_path):
+    config = load(tmp_path, MINIMAL, "data.train=[a.jsonl, {path: b.parquet, weight: 2}, {path: 'hf://c/d?split=x'}]")
+    assert config.data.weighted_sources == [("a.jsonl", 1.0), ("b.parquet", 2.0), ("hf://c/d?split=x", 1.0)]
+
+
 def test_overrides_fill_an_empty_section(tmp_path):
     assert load(tmp_path, MINIMAL + "mesh:\n", "mesh.fsdp=2").mesh.fsdp == 2
 
@@ -136,6 +141,17 @@ BAD_OVERRIDES = [
     ("data.train=[]", "data.train is []; give a list of at least 1"),
     ("data.train=train.jsonl", 'data.train is "train.jsonl"; give a list, such as ["train.jsonl"]'),
     ("data.train=[3]", "data.train.0 is 3; give text"),
+    ("data.train=[{path: a, wieght: 2}]", "unknown key data.train.0.wieght; did you mean data.train.0.weight?"),
+    ("data.train=[{path: a, zzz: 2}]", "unknown key data.train.0.zzz; known keys: path, weight"),
+    ("data.train=[b, {weight: 2}]", "data.train.1.path is missing; set data.train.1.path"),
+    ("data.train=[{path: a, weight: 0}]", "data.train.0.weight is 0; give more than 0"),
+    ("data.train=[{path: a, weight: 2x}]", 'data.train.0.weight is "2x"; give a number, without quotes or unit'),
+    ("data.train={path: a}", 'data.train is {"path": "a"}; give a list'),
+    ("data.validation=[{path: a}]", 'data.validation.0 is {"path": "a"}; give text'),
+    ("data.validation_fraction=1", "data.validation_fraction is 1; give less than 1"),
+    ("data.val_split=0.1", "unknown key data.val_split; did you mean data.validation_fraction (instead of"),
+    ("data.supervise=first", 'data.supervise is "first"; give all or last'),
+    ("data.reasoning=drop", 'data.reasoning is "drop"; give keep or hide'),
     ("data.chat_template_kwargs=3", "data.chat_template_kwargs is 3; give a mapping, such as {name: value}"),
     ("data.chat_template_kwargs={3: a}", "data.chat_template_kwargs has the key 3; put it in quotes"),
     ("seed=-1", "seed is -1; give at least 0"),
@@ -169,6 +185,10 @@ def test_a_bad_setting_is_named_with_its_remedy(tmp_path, override, message):
 
 
 BAD_PAIRS = [
+    (
+        ("data.validation=[a.jsonl]", "data.validation_fraction=0.1"),
+        'data: validation is ["a.jsonl"] and validation_fraction is 0.1; give one of them',
+    ),
     (("loss.weighting=dpace", "loss.gamma=4"), "gamma belongs to weighting 'exp', not 'dpace'"),
     (("training.steps=10", "training.epochs=2"), "epochs is 2.0 and steps is 10"),
     (("draft.num_taps=2", "draft.target_layer_ids=[1, 2, 3]"), "num_taps is 2 and target_layer_ids is"),
@@ -205,6 +225,7 @@ def test_every_mistake_is_reported_at_once_with_the_file(tmp_path):
 
 
 def test_a_mistake_is_reported_once(tmp_path):
+    assert refused(tmp_path, "data.train=[3]").count("data.train") == 2  # the override is named beside the file
     assert refused(tmp_path, "optimizer.betas=[]").count("optimizer.betas is []; give a list of 2") == 1
 
 
@@ -237,6 +258,7 @@ def test_an_absent_file_a_folder_and_bytes_are_refused(tmp_path):
 DUMPED = [
     (),
     ("training.steps=10",),
+    ("data.train=[a, {path: b, weight: 0.5}]", "data.validation_fraction=0.01", "data.supervise=last"),
     ("draft.target_layer_ids=[1, 3]", "draft.block_size=10"),
     ("kind=causal_lm", "target.init=random", "optimizer.schedule=wsd", "optimizer.decay_ratio=0.1"),
     ("data.chat_template_kwargs={tools: [a, b], date_string: 2024-07-26}", "optimizer.eps=1e-12"),

@@ -91,9 +91,9 @@ def parse_record(fields: object, origin: str, vocab_size: int | None = None) -> 
 
 def _tools(tools: object, origin: str) -> tuple[dict[str, Any], ...]:
     """Tool schemas; as JSON text too, since a column of a table cannot hold schemas of different shapes."""
-    if isinstance(tools, str) and tools.strip():
+    if isinstance(tools, str):
         try:
-            tools = json.loads(tools)
+            tools = json.loads(tools) if tools.strip() else []
         except ValueError as error:
             raise InputError(f"{origin}: field tools is text but not JSON ({error}); give a list of schemas") from error
     tools = tools or []
