@@ -101,7 +101,11 @@ class HubSource:
         name = f"{parts.netloc}{parts.path}".strip("/")
         if not parts.netloc or name.count("/") > 1 or parts.fragment:
             raise InputError(f"data {url}: is no data set of the hub; write {HUB_EXAMPLE}")
-        settings = dict(parse_qsl(parts.query, keep_blank_values=True))
+        # A plus sign joins splits (train+test) and is no space.
+        pairs = parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True)
+        settings = dict(pairs)
+        if len(settings) < len(pairs):
+            raise InputError(f"data {url}: gives a setting twice; drop one, or join splits as in split=train+test")
         unknown = sorted(settings.keys() - set(HUB_SETTINGS))
         if unknown:
             raise InputError(f"data {url}: unknown setting {unknown[0]}; known are {', '.join(HUB_SETTINGS)}")

@@ -148,10 +148,10 @@ def test_the_hub_is_asked_for_what_the_entry_says(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     open_hub("hf://owner/name?split=train%5B:10%25%5D&config=en&revision=v1.0")
-    open_hub("hf://name?split=test")
+    open_hub("hf://name?split=train[:10%]+test")
     assert asked == [
         ("owner/name", {"name": "en", "split": "train[:10%]", "revision": "v1.0"}),
-        ("name", {"name": None, "split": "test", "revision": None}),
+        ("name", {"name": None, "split": "train[:10%]+test", "revision": None}),
     ]
 
 
@@ -160,6 +160,7 @@ BAD_URLS = {
     "hf://owner/name?split=": "split is missing",
     "hf://owner/name?split=train&config=": "config is missing",
     "hf://owner/name?split=train&subset=en": "unknown setting subset; known are split, config, revision",
+    "hf://owner/name?split=train&split=test": "gives a setting twice; drop one",
     "hf://datasets/owner/name?split=train": "is no data set of the hub",
     "hf://?split=train": "is no data set of the hub",
 }
