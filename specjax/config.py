@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from specjax.config_messages import problems, shown
+from specjax.config_messages import AS_MAPPING, AS_TEXT, problems, shown
 from specjax.errors import InputError
 
 DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}  # by block size
@@ -85,9 +85,36 @@ class DraftConfig(Section):
         return self
 
 
+class WeightedSource(Section):
+    path: str = Field(description="JSONL or Parquet files or globs, or hf://owner/name?split=train")
+    weight: Positive = Field(1.0, description="passes over this source's records in an epoch")
+
+
+def _form_of_source(entry: Any) -> str:
+    return AS_MAPPING if isinstance(entry, Mapping | WeightedSource) else AS_TEXT
+
+
+TrainingSource = Annotated[
+    Annotated[str, Tag(AS_TEXT)] | Annotated[WeightedSource, Tag(AS_MAPPING)], Discriminator(_form_of_source)
+]
+
+
 class DataConfig(Section):
-    train: tuple[str, ...] = Field(min_length=1, description="JSONL files or globs of conversations or token ids")
-    validation: tuple[str, ...] = Field((), description="JSONL files or globs, held out")
+    train: tuple[TrainingSource, ...] = Field(
+        min_length=1,
+        description="JSONL or Parquet files or globs of conversations or token ids, or hf://owner/name?split=train; "
+        "with a weight: {path: ..., weight: 2}",
+    )
+    validation: tuple[str, ...] = Field((), description="held out: files or globs or hf://, as in train")
+    validation_fraction: float | None = Field(
+        None, gt=0, lt=1, description="instead of validation: share of train's records held out, chosen by content"
+    )
+    supervise: Literal["all", "last"] = Field(
+        "all", description="assistant turns of a conversation that are learnt; last: the last one only"
+    )
+    reasoning: Literal["keep", "hide"] = Field(
+        "keep", description="hide: assistant messages lose reasoning_content and <think>...</think> before rendering"
+    )
     max_length: int = Field(3072, ge=2, description="tokens a row; longer conversations are cut")
     taps: str | None = Field(None, description="folder of python -m specjax.capture: train without running the target")
     packing: bool = Field(False, description="fill rows with several conversations; they never see each other")
@@ -95,6 +122,20 @@ class DataConfig(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to the chat template, as the server will (e.g. enable_thinking)"
     )
+
+    @model_validator(mode="after")
+    def _one_validation_set(self) -> DataConfig:
+        if self.validation and self.validation_fraction is not None:
+            raise ValueError(
+                f"validation is {shown(self.validation)} and validation_fraction is {self.validation_fraction}; "
+                "give one of them"
+            )
+        return self
+
+    @property
+    def weighted_sources(self) -> list[tuple[str, float]]:
+        """(path, passes over its records in an epoch) of every entry of `train`."""
+        return [(entry, 1.0) if isinstance(entry, str) else (entry.path, entry.weight) for entry in self.train]
 
 
 def _sum_of_one(objective: Any) -> Any:
@@ -239,13 +280,13 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    every_steps: int = Field(500, ge=1, description="steps between evaluations; none without data.validation")
-    samples: int = Field(64, ge=1, description="rows of data.validation, the same ones every time")
+    every_steps: int = Field(500, ge=1, description="steps between evaluations; none without validation data")
+    samples: int = Field(64, ge=1, description="validation rows, the same ones every time")
     prompts: int = Field(
         16,
         ge=0,
-        description="prompts of data.validation, the same ones every time, that are answered with the draft: the "
-        "best checkpoint is that of the highest acceptance length; 0: teacher-forced measures alone",
+        description="validation prompts, the same ones every time, that are answered with the draft: the best "
+        "checkpoint is that of the highest acceptance length; 0: teacher-forced measures alone",
     )
     max_new_tokens: int = Field(256, ge=2, description="of these answers")
 

@@ -31,6 +31,8 @@ REMEDIES = {
     "tuple_type": "give a list",
 }
 NUMBERS = ("float_type", "int_type")
+# The forms that an entry of data.train may take: pydantic names the one it tried, which is no part of a setting's name.
+AS_TEXT, AS_MAPPING = "<text>", "<mapping>"
 
 # Setting -> what other trainers call it.
 ALIASES = {
@@ -39,7 +41,9 @@ ALIASES = {
     "data.chat_template_kwargs": "chat_template template enable_thinking",
     "data.max_length": "max_len max_seq_len max_seq_length seq_len seq_length sequence_length context_length",
     "data.num_anchors": "anchors num_blocks n_anchors",
+    "data.supervise": "train_on_turns mask_history last_turn_only assistant_only_loss train_on_last_turn",
     "data.train": "train_data train_file train_files train_data_path train_path dataset dataset_path",
+    "data.validation_fraction": "val_split validation_split eval_split test_size val_size val_set_size split_ratio",
     "data.validation": "eval_data eval_file eval_data_path val_data validation_data validation_file",
     "draft.block_size": "block_len block_length draft_length num_speculative_tokens",
     "draft.mask_token_id": "mask_token mask_id",
@@ -93,8 +97,10 @@ def problems(error: pydantic.ValidationError, model: type[BaseModel]) -> list[st
 
 def _problems(error: pydantic.ValidationError, model: type[BaseModel]) -> Iterator[str]:
     for problem in error.errors():
-        location = tuple(str(part) for part in problem["loc"])
+        location = tuple(str(part) for part in problem["loc"] if part not in (AS_TEXT, AS_MAPPING))
         name, kind, value = ".".join(location), problem["type"], problem["input"]
+        if kind == "too_short" and len(value) >= problem["ctx"]["min_length"]:
+            continue  # pydantic counts the good entries; the bad ones have their own lines
         if kind in ("extra_forbidden", "invalid_key"):
             yield f"unknown key {name}{_suggestion(model, location, value)}"
         elif kind == "missing":
@@ -137,7 +143,7 @@ def _missing(model: type[BaseModel], location: tuple[str, ...], value: Any) -> s
         name = name.rpartition(".")[0]
         return f"{name} is {shown(value)}; give a list of {len(get_args(settings[name].annotation))}"
     wanted = [k for k, field in settings.items() if field.is_required() and f"{k}.".startswith(f"{name}.")]
-    return f"{name} is missing; set {_alternatives(model, wanted)}"
+    return f"{name} is missing; set {_alternatives(model, wanted or [name])}"
 
 
 def _suggestion(model: type[BaseModel], location: tuple[str, ...], value: Any) -> str:
@@ -181,10 +187,19 @@ def _alternatives(model: type[BaseModel], names: Iterable[str]) -> str:
 
 def _fields(model: type[BaseModel], sections: Iterable[str]) -> Mapping[str, FieldInfo]:
     for section in sections:
-        model = _section_of(model.model_fields[section]) or model
+        if not section.isdigit():  # an entry of the list before it
+            field = model.model_fields[section]
+            model = _section_of(field) or _entry_of(field.annotation) or model
     return model.model_fields
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
     kind = field.annotation
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _entry_of(annotation: Any) -> type[BaseModel] | None:
+    """The model that the entries of a list may be, as deep as it stands in the list's annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_entry_of, get_args(annotation))), None)

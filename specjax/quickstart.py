@@ -188,7 +188,7 @@ def answer_files(
     from specjax import weights
     from specjax.weights.config_fields import read_json
 
-    train_file, validation_file = Path(config.data.train[0]), Path(config.data.validation[0])
+    train_file, validation_file = Path(config.data.weighted_sources[0][0]), Path(config.data.validation[0])
     recipe = train_file.with_name("recipe.json")
     wanted = {
         "target": weights.target_fingerprint(target).embedding,

@@ -78,6 +78,11 @@ def test_overrides_add_sections_replace_values_and_parse_yaml(tmp_path):
     assert config.output_dir == "runs/a=b"
 
 
+def test_a_source_may_have_a_weight(tmp_path):
+    config = load(tmp_path, MINIMAL, "data.train=[a.jsonl, {path: b.parquet, weight: 2}, {path: 'hf://c/d?split=x'}]")
+    assert config.data.weighted_sources == [("a.jsonl", 1.0), ("b.parquet", 2.0), ("hf://c/d?split=x", 1.0)]
+
+
 def test_overrides_fill_an_empty_section(tmp_path):
     assert load(tmp_path, MINIMAL + "mesh:\n", "mesh.fsdp=2").mesh.fsdp == 2
 
@@ -136,6 +141,17 @@ BAD_OVERRIDES = [
     ("data.train=[]", "data.train is []; give a list of at least 1"),
     ("data.train=train.jsonl", 'data.train is "train.jsonl"; give a list, such as ["train.jsonl"]'),
     ("data.train=[3]", "data.train.0 is 3; give text"),
+    ("data.train=[{path: a, wieght: 2}]", "unknown key data.train.0.wieght; did you mean data.train.0.weight?"),
+    ("data.train=[{path: a, zzz: 2}]", "unknown key data.train.0.zzz; known keys: path, weight"),
+    ("data.train=[b, {weight: 2}]", "data.train.1.path is missing; set data.train.1.path"),
+    ("data.train=[{path: a, weight: 0}]", "data.train.0.weight is 0; give more than 0"),
+    ("data.train=[{path: a, weight: 2x}]", 'data.train.0.weight is "2x"; give a number, without quotes or unit'),
+    ("data.train={path: a}", 'data.train is {"path": "a"}; give a list'),
+    ("data.validation=[{path: a}]", 'data.validation.0 is {"path": "a"}; give text'),
+    ("data.validation_fraction=1", "data.validation_fraction is 1; give less than 1"),
+    ("data.val_split=0.1", "unknown key data.val_split; did you mean data.validation_fraction (instead of"),
+    ("data.supervise=first", 'data.supervise is "first"; give all or last'),
+    ("data.reasoning=drop", 'data.reasoning is "drop"; give keep or hide'),
     ("data.chat_template_kwargs=3", "data.chat_template_kwargs is 3; give a mapping, such as {name: value}"),
     ("data.chat_template_kwargs={3: a}", "data.chat_template_kwargs has the key 3; put it in quotes"),
     ("seed=-1", "seed is -1; give at least 0"),
@@ -148,6 +164,8 @@ BAD_OVERRIDES = [
     ("draft.block_size=12", "loss.gamma has no default for draft.block_size 12 (known: 16: 7, 10: 5, 8: 4)"),
     ("target.init=random", "target.init random belongs to kind causal_lm"),
     ("optimizer.decay_ratio=0.5", "decay_ratio belongs to schedule 'wsd'"),
+    ("noise.probability=0.5", "probability belongs to revealed 'geometric', not 'none'"),
+    ("noise.revealed=fraction", "revealed is 'fraction', which needs fraction"),
     ("training.accumulation_steps=3", "batch_size 8 is not a multiple of accumulation_steps 3"),
     ("training.epochs=null", "epochs is null and steps is null; give one of them"),
     ("mesh.data=0", "data is 0; give -1"),
@@ -169,15 +187,15 @@ def test_a_bad_setting_is_named_with_its_remedy(tmp_path, override, message):
 
 
 BAD_PAIRS = [
+    (
+        ("data.validation=[a.jsonl]", "data.validation_fraction=0.1"),
+        'data: validation is ["a.jsonl"] and validation_fraction is 0.1; give one of them',
+    ),
     (("loss.weighting=dpace", "loss.gamma=4"), "gamma belongs to weighting 'exp', not 'dpace'"),
     (("training.steps=10", "training.epochs=2"), "epochs is 2.0 and steps is 10"),
     (("draft.num_taps=2", "draft.target_layer_ids=[1, 2, 3]"), "num_taps is 2 and target_layer_ids is"),
     (("kind=causal_lm", "draft.num_layers=2"), "kind causal_lm trains no draft and ignores draft"),
     (("kind=causal_lm", "loss.gamma=2", "data.num_anchors=4"), "ignores loss, data.num_anchors"),
-    (
-        ("noise.revealed=fraction", "noise.probability=0.5"),
-        "probability belongs to revealed 'geometric', not 'fraction'",
-    ),
     (("kind=causal_lm", "noise.revealed=none"), "ignores noise"),
     (("kind=causal_lm", "evaluation.prompts=0"), "ignores evaluation.prompts"),
     (("optimizer.schedule=constant", "optimizer.min_lr_ratio=0.1"), "min_lr_ratio is set, but schedule 'constant'"),
@@ -206,12 +224,13 @@ def test_every_mistake_is_reported_at_once_with_the_file(tmp_path):
         "output_dir is 3",
         "did you mean mesh.fsdp (",
         "target is missing; set target.path (Hugging Face folder",
-        "data.train is missing; set data.train (JSONL files",
+        "data.train is missing; set data.train (JSONL or Parquet files",
     ):
         assert part in text
 
 
 def test_a_mistake_is_reported_once(tmp_path):
+    assert refused(tmp_path, "data.train=[3]").count("data.train") == 2  # the override is named beside the file
     assert refused(tmp_path, "optimizer.betas=[]").count("optimizer.betas is []; give a list of 2") == 1
 
 
@@ -244,6 +263,7 @@ def test_an_absent_file_a_folder_and_bytes_are_refused(tmp_path):
 DUMPED = [
     (),
     ("training.steps=10",),
+    ("data.train=[a, {path: b, weight: 0.5}]", "data.validation_fraction=0.01", "data.supervise=last"),
     ("draft.target_layer_ids=[1, 3]", "draft.block_size=10"),
     ("kind=causal_lm", "target.init=random", "optimizer.schedule=wsd", "optimizer.decay_ratio=0.1"),
     ("data.chat_template_kwargs={tools: [a, b], date_string: 2024-07-26}", "optimizer.eps=1e-12"),

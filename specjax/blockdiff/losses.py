@@ -189,7 +189,7 @@ def _prefixes(probability: jax.Array, mask: jax.Array) -> jax.Array:
     The sum runs over the supervised slots from a block's first one on, up to the next slot that is not.
     """
     shown = jnp.cumsum(mask, axis=-1) == 0
-    product = jnp.cumprod(jnp.where(mask, probability, jnp.where(shown, 1.0, 0.0)), axis=-1)
+    product = jnp.cumprod(jnp.where(shown, 1.0, jnp.where(mask, probability, 0.0)), axis=-1)
     reached = jnp.where(mask, product, 0.0).sum(-1)
     return jnp.where(mask.any(-1), jax.lax.stop_gradient(reached) + 1.0, 0.0).sum(1)
 

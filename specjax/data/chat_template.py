@@ -7,8 +7,9 @@ ends the turn, that token included. It is found as character spans of the render
 * otherwise prefix rendering: turn i spans from `render(messages[:i], add_generation_prompt=True)` to
   `render(messages[:i + 1])`, provided that both are prefixes of the full rendering.
 
-A template that neither way can trust is refused. The text is tokenised once; a token is supervised when all its
-characters are.
+A template that neither way can trust is refused. Where only the last assistant turn is learnt (`TurnRules`), only that
+one must be found: it may follow turns that the template rewrites, as Qwen3's drops their reasoning. The text is
+tokenised once; a token is supervised when all its characters are.
 """
 
 import re
@@ -21,6 +22,7 @@ import numpy as np
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from specjax.data.conversations import Conversation, Message
+from specjax.data.turns import ALL_AS_WRITTEN, TurnRules, supervised_turns, without_reasoning
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ class ChatTokenizer:
     """Callable: a `Conversation` -> (input_ids int32 [t], loss_mask bool [t]). Picklable and thread-safe.
 
     `chat_template_kwargs` (such as enable_thinking) reach the template; `stop_token_ids` (a generation config's) end a
-    turn like the tokenizer's eos and the names of `END_OF_TURN_TOKENS`.
+    turn like the tokenizer's eos and the names of `END_OF_TURN_TOKENS`; `rules` say which turns are learnt and whether
+    their reasoning is rendered.
     Raises InputError for a tokenizer without chat template or without character offsets, and, when called, for a
     conversation on which the template fails or gives no sound mask; the message does not name the conversation.
     """
@@ -68,6 +71,7 @@ class ChatTokenizer:
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         stop_token_ids: Iterable[int] = (),
+        rules: TurnRules = ALL_AS_WRITTEN,
     ) -> None:
         name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.chat_template:
@@ -79,6 +83,7 @@ class ChatTokenizer:
         if reserved:
             raise InputError(f"chat_template_kwargs: {', '.join(reserved)} cannot be set; remove it")
         self.tokenizer = tokenizer
+        self.rules = rules
         vocabulary = tokenizer.get_vocab()
         named = [vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary]
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -89,12 +94,15 @@ class ChatTokenizer:
 
     def __call__(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
         messages, tools = conversation.messages, conversation.tools
+        if self.rules.reasoning == "hide":
+            messages = without_reasoning(messages)
+        turns = supervised_turns(messages, self.rules)
         template = self.tokenizer.get_chat_template(tools=list(tools) or None)
         render = _Renderer(self, template, tools)
         if _GENERATION_TAG.search(template):
-            text, spans = _tagged_spans(render, messages)
+            text, spans = _tagged_spans(render, messages, turns)
         else:
-            text, spans = _prefix_spans(render, messages)
+            text, spans = _prefix_spans(render, messages, turns)
         input_ids, bounds = self._encode(text)
         loss_mask = _covered(bounds, spans, len(text))
         return input_ids, self._end_turns(input_ids, bounds, loss_mask, text)
@@ -164,18 +172,34 @@ class _Renderer:
             raise InputError(f"the chat template fails on this conversation: {error}") from error
 
 
-def _tagged_spans(render: _Renderer, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    """The rendered text and its `{% generation %}` spans, less what the template writes in the writer's stead."""
+def _tagged_spans(render: _Renderer, messages: Sequence[Message], turns: Sequence[int]) -> tuple[str, list[Span]]:
+    """The rendered text and its `{% generation %}` spans from the first of `turns` on, less what the template writes in
+    the writer's stead."""
     text, spans = render.tagged(messages)
+    spans = _subtract(spans, [(0, _start_of(render, messages, turns, text))])
     generated = _squeeze("".join(text[start:stop] for start, stop in spans))
-    for i, message in enumerate(messages):
-        answer = _squeeze(message.get("content", "").rpartition("</think>")[2])
-        if message["role"] == "assistant" and answer not in generated:
+    for i in turns:
+        answer = _squeeze(messages[i].get("content", "").rpartition("</think>")[2])
+        if answer not in generated:
             raise InputError(
                 f"the chat template's {{% generation %}} spans do not hold the text of assistant message {i} (tags "
                 "inside a macro or a set block give wrong positions); move the tags to the template's top level"
             )
     return text, _subtract(spans, [*_prompt_spans(render, messages, text), *_empty_thinking(messages, text)])
+
+
+def _start_of(render: _Renderer, messages: Sequence[Message], turns: Sequence[int], text: str) -> int:
+    """The character of `text` at which the messages before the first of `turns` end; 0 if none of them is an answer."""
+    before = messages[: turns[0]] if turns else ()
+    if not any(message["role"] == "assistant" for message in before):
+        return 0
+    rendered = render(before)
+    if not text.startswith(rendered):
+        raise InputError(
+            f"the chat template renders what precedes assistant message {turns[0]} in another way once that follows, "
+            "so where it begins cannot be told; supervise all turns, or use conversations of one assistant turn"
+        )
+    return len(rendered)
 
 
 def _prompt_spans(render: _Renderer, messages: Sequence[Message], text: str) -> list[Span]:
@@ -189,19 +213,19 @@ def _prompt_spans(render: _Renderer, messages: Sequence[Message], text: str) -> 
     return spans
 
 
-def _prefix_spans(render: _Renderer, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-    """The rendered text and the span of each assistant turn, by rendering the turns before it and with it.
+def _prefix_spans(render: _Renderer, messages: Sequence[Message], turns: Sequence[int]) -> tuple[str, list[Span]]:
+    """The rendered text and the span of each of `turns`, by rendering the messages before it and with it.
 
     An assistant turn that opens the conversation has no prompt and is context only.
     """
     text = render(messages)
     spans = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:
+    for i in turns:
+        if i == 0:
             continue
         before, prompt = render(messages[:i]), render(messages[:i], prompt=True)
         through = render(messages[: i + 1])
-        _check_turn(text, before, prompt, through, message, i)
+        _check_turn(text, before, prompt, through, messages[i], i)
         spans.append((len(prompt), len(through)))
     return text, _subtract(spans, _empty_thinking(messages, text))
 
@@ -210,7 +234,7 @@ def _check_turn(text: str, before: str, prompt: str, through: str, message: Mess
     """Raises InputError unless the prefixes locate assistant message `i`, whole, in the full rendering `text`."""
     remedy = (
         "so its answers cannot be told from its prompts; use a template with {% generation %} tags, other "
-        "chat_template_kwargs, conversations of one assistant turn, or pre-tokenised records"
+        "chat_template_kwargs, data.supervise last, conversations of one assistant turn, or pre-tokenised records"
     )
     if not (text.startswith(prompt) and prompt.startswith(before)):
         raise InputError(

@@ -1,10 +1,11 @@
-"""Training records from JSONL: conversations, or token ids with their loss mask, read one line at a time.
+"""Training records: conversations, or token ids with their loss mask. Here from JSONL, read one line at a time.
 
-A line is a JSON object that holds exactly one of
+A record is a JSON object that holds exactly one of
 `messages`       `[{"role": ..., "content": ...}, ...]` (OpenAI),
 `conversations`  the same, or `[{"from": ..., "value": ...}, ...]` (ShareGPT),
 `input_ids`      token ids, beside `loss_mask` (same length, true where a token is supervised).
-A conversation may also hold `tools`, handed to the chat template. Other keys are left alone.
+A conversation may also hold `tools`, handed to the chat template: a list of schemas, or the JSON text of one. Other
+keys are left alone.
 """
 
 import glob
@@ -85,10 +86,20 @@ def parse_record(fields: object, origin: str, vocab_size: int | None = None) -> 
         found = "an empty list" if isinstance(turns, list) else _json_type(turns)
         raise InputError(f"{origin}: field {keys[0]} is {found}; give a list of messages")
     messages = tuple(_message(turn, f"{origin}: {keys[0]}[{i}]") for i, turn in enumerate(turns))
-    tools = fields.get("tools") or []
+    return Conversation(messages, _tools(fields.get("tools"), origin), origin)
+
+
+def _tools(tools: object, origin: str) -> tuple[dict[str, Any], ...]:
+    """Tool schemas; as JSON text too, since a column of a table cannot hold schemas of different shapes."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else []
+        except ValueError as error:
+            raise InputError(f"{origin}: field tools is text but not JSON ({error}); give a list of schemas") from error
+    tools = tools or []
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise InputError(f"{origin}: field tools is {_json_type(tools)}; give a list of tool schemas (objects)")
-    return Conversation(messages, tuple(tools), origin)
+    return tuple(tools)
 
 
 def _message(turn: object, origin: str) -> Message:
@@ -167,7 +178,7 @@ def find_files(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
         names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         files = [Path(name) for name in names if os.path.isfile(name)]
         if not files:
-            raise InputError(f"data {pattern}: no such file; give JSONL files or a glob pattern that matches some")
+            raise InputError(f"data {pattern}: no such file; give data files or a glob pattern that matches some")
         found.extend(files)
     return found
 
@@ -176,13 +187,15 @@ class JsonlRecords:
     """Random access to the records of JSONL files: only byte offsets are held in memory.
 
     Blank lines are skipped. Picklable; safe to read from several threads, because each read opens its file.
-    `token_counts` int64 [records] are the tokens of the records whose line begins with `input_ids`, -1 for the others.
+    `token_counts` int64 [records] are the tokens of the records whose line begins with `input_ids`, -1 for the others;
+    `identity` holds the bytes of each file: one that was edited or extended rarely keeps its size.
     Raises InputError for a pattern without a file, for files without a single record, and, on access, for a bad line.
     """
 
     def __init__(self, patterns: Iterable[str | os.PathLike[str]], *, vocab_size: int | None = None) -> None:
         self.paths = find_files(patterns)
         self.vocab_size = vocab_size
+        self.identity: list[int | str] = [path.stat().st_size for path in self.paths]
         lines = [_index_lines(path) for path in self.paths]
         self._lines = np.concatenate(lines) if lines else np.zeros((0, 4), np.int64)
         self.token_counts = self._lines[:, 3]

@@ -25,9 +25,11 @@ import numpy as np
 from specjax.blockdiff.anchors import draw_anchors
 from specjax.blockdiff.noise import RevealedPrefix, draw_revealed
 from specjax.data.chat_template import ChatTokenizer
-from specjax.data.conversations import Conversation, JsonlRecords, Record, check_token_ids
+from specjax.data.conversations import Conversation, Record, check_token_ids
 from specjax.data.packing import RowPlan, one_sample_a_row, pack
+from specjax.data.sources import MixedRecords, read_sources
 from specjax.data.taps import TapCache
+from specjax.data.turns import ALL_AS_WRITTEN, TurnRules
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ LENGTHS_PER_TASK = 256  # samples a thread reads at a time to find their lengths
 
 
 class Records(Protocol):
-    """Random access to records, such as `JsonlRecords` or a list."""
+    """Random access to records, such as `MixedRecords` or a list."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
@@ -62,14 +64,23 @@ class Examples(Protocol):
 class TokenizedExamples:
     """Records as (input_ids, loss_mask), tokenised when read. Picklable if `records` is.
 
-    `chat` may be None if every record is pre-tokenised; `vocab_size` bounds the ids (the embedding's rows).
+    `chat` may be None if every record is pre-tokenised; `vocab_size` bounds the ids (the embedding's rows). `rules`
+    are those of `chat`: a pre-tokenised record is refused unless it satisfies them as it is.
     Raises InputError, on access, naming where the record stands.
     """
 
-    def __init__(self, records: Records, chat: ChatTokenizer | None, *, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        records: Records,
+        chat: ChatTokenizer | None,
+        *,
+        vocab_size: int | None = None,
+        rules: TurnRules = ALL_AS_WRITTEN,
+    ) -> None:
         self.records = records
         self.chat = chat
         self.vocab_size = vocab_size
+        self.rules = rules
 
     def __len__(self) -> int:
         return len(self.records)
@@ -77,11 +88,17 @@ class TokenizedExamples:
     @property
     def token_counts(self) -> np.ndarray | None:
         """Lengths int64 [examples] as far as they are known without reading the records, -1 elsewhere."""
-        return self.records.token_counts if isinstance(self.records, JsonlRecords) else None
+        return self.records.token_counts if isinstance(self.records, MixedRecords) else None
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         record = self.records[index]
         if not isinstance(record, Conversation):
+            if self.rules != ALL_AS_WRITTEN:
+                raise InputError(
+                    f"{record.origin}: data.supervise {self.rules.supervise} and data.reasoning "
+                    f"{self.rules.reasoning} cannot be applied to input_ids; give conversations, or supervise all and "
+                    "keep reasoning"
+                )
             input_ids, loss_mask = record.input_ids, record.loss_mask
         elif self.chat is None:
             raise InputError(f"{record.origin}: a conversation needs a tokenizer; give one, or input_ids and loss_mask")
@@ -95,20 +112,41 @@ class TokenizedExamples:
 
 
 def read_examples(
-    patterns: Iterable[str | PathLike[str]],
+    paths: Iterable[str | PathLike[str]],
     tokenizer: "PreTrainedTokenizerBase | None",
     *,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     stop_token_ids: Iterable[int] = (),
     vocab_size: int | None = None,
 ) -> TokenizedExamples:
-    """The examples of JSONL files: `JsonlRecords` read through a `ChatTokenizer`; see both for arguments, errors."""
-    records, chat = JsonlRecords(patterns), None
+    """The examples of sources, each read once; see `read_sources` and `tokenized` for arguments and errors."""
+    return tokenized(
+        read_sources([(path, 1.0) for path in paths])[0],
+        tokenizer,
+        chat_template_kwargs=chat_template_kwargs,
+        stop_token_ids=stop_token_ids,
+        vocab_size=vocab_size,
+    )
+
+
+def tokenized(
+    records: MixedRecords,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    stop_token_ids: Iterable[int] = (),
+    vocab_size: int | None = None,
+    rules: TurnRules = ALL_AS_WRITTEN,
+) -> TokenizedExamples:
+    """`records` read through a `ChatTokenizer`, made only if there is a conversation; see both for errors."""
+    chat = None
     # Targets whose tokenizer cannot render a chat train on token ids alone.
     unknown = np.flatnonzero(records.token_counts < 0)
     if tokenizer is not None and any(isinstance(records[int(i)], Conversation) for i in unknown):
-        chat = ChatTokenizer(tokenizer, chat_template_kwargs=chat_template_kwargs, stop_token_ids=stop_token_ids)
-    return TokenizedExamples(records, chat, vocab_size=vocab_size)
+        chat = ChatTokenizer(
+            tokenizer, chat_template_kwargs=chat_template_kwargs, stop_token_ids=stop_token_ids, rules=rules
+        )
+    return TokenizedExamples(records, chat, vocab_size=vocab_size, rules=rules)
 
 
 class TrainingData:
@@ -116,7 +154,8 @@ class TrainingData:
 
     `batch_size` counts the rows of all processes. `num_anchors` None leaves anchors out (causal-LM training).
     `packing` puts several samples into a row, for which the length of every sample is found first: at once for JSONL
-    lines that begin with `input_ids`, by tokenising for conversations. `taps` adds the target's cached hidden states.
+    lines that begin with `input_ids` and for a column of that name, by tokenising for conversations. `taps` adds the
+    target's cached hidden states.
     Raises InputError for an empty source, a batch that the processes cannot share, a negative seed, and if none of the
     first 256 rows holds anything to train on; errors of the samples in them also surface here.
     """

@@ -28,14 +28,15 @@ from safetensors.numpy import save_file
 from specjax.errors import InputError
 
 CACHE_FILE = "cache.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
 class TapRecipe:
     """What decides the cache's contents; where any of it differs, the cache is refused.
 
-    target: digest of the target's weights. max_length: tokens of an example that are kept.
+    target: digest of the target's weights. max_length: tokens of an example that are kept. reasoning and
+    validation_fraction: those settings of the data; the tokens of every example are compared besides.
     """
 
     target: str
@@ -43,6 +44,8 @@ class TapRecipe:
     dtype: str
     max_length: int
     examples: int
+    reasoning: str = "keep"
+    validation_fraction: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}))
@@ -111,10 +114,11 @@ def write_shard(
 class TapCache:
     """Random access to the captured states [t, width] of `dtype`; safe to read from several threads.
 
+    `order` int64 [samples] says which captured example each sample is, where samples repeat examples.
     Raises InputError where the cache is incomplete or damaged or was made with another recipe.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], recipe: TapRecipe) -> None:
+    def __init__(self, folder: str | os.PathLike[str], recipe: TapRecipe, order: np.ndarray | None = None) -> None:
         self.folder = Path(folder)
         self.max_length = recipe.max_length
         self.width = 0  # m + d
@@ -129,6 +133,8 @@ class TapCache:
             self._open(shard)
         if (self._where[:, 0] < 0).any():
             raise InputError(f"{self.folder}: some examples have no taps; delete the folder and capture again")
+        if order is not None:
+            self._where = self._where[order]
 
     def _open(self, shard: int) -> None:
         path = shard_path(self.folder, shard)
@@ -147,23 +153,23 @@ class TapCache:
         columns = np.full(len(example), shard), first[:-1], first[1:], tokens_crc, states_crc
         self._where[example] = np.stack(columns, axis=1)
 
-    def read(self, example: int, input_ids: np.ndarray) -> np.ndarray:
-        """The states [t, m + d] of the leading `input_ids` [t] of an example.
+    def read(self, sample: int, input_ids: np.ndarray) -> np.ndarray:
+        """The states [t, m + d] of the leading `input_ids` [t] of a sample.
 
         Raises:
-            InputError: the example's tokens are not those that were captured, or its states were damaged since.
+            InputError: the sample's tokens are not those that were captured, or its states were damaged since.
         """
-        shard, first, stop, tokens_crc, states_crc = self._where[example].tolist()
+        shard, first, stop, tokens_crc, states_crc = self._where[sample].tolist()
         states = np.zeros((0, self.width), self.dtype)
         if stop > first:  # safetensors has no empty slices
             states = self._files[shard].get_slice("states")[first:stop]
         if _crc(states) != states_crc:
             path = shard_path(self.folder, shard)
-            raise InputError(f"{path}: the taps of example {example} are damaged; delete the file and capture again")
+            raise InputError(f"{path}: the taps of sample {sample} are damaged; delete the file and capture again")
         captured = input_ids[: self.max_length]
         if len(captured) != len(states) or _crc(captured.astype(np.int32)) != tokens_crc:
             raise InputError(
-                f"{self.folder}: example {example} has other tokens than when its taps were captured; capture the "
+                f"{self.folder}: sample {sample} has other tokens than when its taps were captured; capture the "
                 "changed data into another folder"
             )
         return states

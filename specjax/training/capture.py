@@ -21,8 +21,9 @@ from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import SPECS, put
+from specjax.training.data import examples_of, open_data
 from specjax.training.objectives import run_target
-from specjax.training.run import check_batch_size, examples_of, mesh_of, tap_recipe
+from specjax.training.run import check_batch_size, mesh_of, tap_recipe
 from specjax.training.step import Batch
 from specjax.training.tasks import compute_dtype
 from specjax.weights import load_target, read_target_config
@@ -33,6 +34,7 @@ SHARD_BYTES = 256 * 2**20  # of states, about
 def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lambda text: None) -> Path:
     """Writes the taps and final hidden state of every training example of `config` to the folder `out` and returns it.
 
+    An example that an epoch repeats is captured once.
     Examples are packed into rows of `data.max_length` tokens, as many rows a pass as a micro-batch has. What an earlier
     call wrote is kept.
 
@@ -46,7 +48,7 @@ def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lam
     out = Path(out)
     with mesh_of(config), matmul_precision(compute_dtype(config)):
         check_batch_size(config)
-        examples = examples_of(config, config.data.train)
+        examples = examples_of(config, open_data(config).train.distinct()[0])
         recipe = tap_recipe(config, len(examples))
         lengths, digest = _read_through(examples, recipe.max_length)
         plan = pack(lengths, recipe.max_length, seed=0)

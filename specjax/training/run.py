@@ -16,8 +16,7 @@ from jax.experimental import multihost_utils
 
 from specjax.blockdiff.noise import RevealedPrefix
 from specjax.config import RunConfig, dump_config, load_config
-from specjax.data.conversations import find_files
-from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, fixed_prompts, read_examples
+from specjax.data.pipeline import TrainingData, fixed_batches, fixed_prompts
 from specjax.data.taps import TapCache, TapRecipe
 from specjax.errors import InputError
 from specjax.metadata import run_metadata
@@ -25,6 +24,7 @@ from specjax.models.precision import matmul_precision
 from specjax.models.sharding import make_mesh
 from specjax.training import flops
 from specjax.training.checkpoints import Checkpoints
+from specjax.training.data import RunData, examples_of, open_data
 from specjax.training.evaluation import Answers, Generate
 from specjax.training.loop import Loop, Plan, data_share
 from specjax.training.metrics import Evaluation, MetricsWriter
@@ -59,12 +59,14 @@ def train(config: RunConfig, *, generate: Generate | None = None, resume: bool =
     run = Path(config.output_dir)
     _on_first_process(lambda: _check_output(run, config, resume))
     with mesh_of(config), matmul_precision(compute_dtype(config)):
+        records = open_data(config)  # before the target, whose loading may take minutes
         task = draft_task(config) if config.kind == "dflash" else causal_lm_task(config)
-        data, validation = read_data(config, task)
+        data, validation = read_data(config, task, records)
         total = config.training.steps or data.num_steps
         assert total is not None
-        _on_first_process(lambda: _write_files(run, config, task))
-        answers = held_out_answers(config, generate) if validation and generate is not None else None
+        files = task.files | {DATA_FILE: records.identity()}
+        _on_first_process(lambda: _write_files(run, config, files))
+        answers = held_out_answers(config, records, generate) if validation and generate is not None else None
         evaluate = task.evaluator(validation, answers) if validation else None
         _fit(config, run, task, data, evaluate, total)
     return run
@@ -124,13 +126,14 @@ def _plan(config: RunConfig, task: Task, total: int) -> Plan:
     )
 
 
-def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
-    """This process's share of the training batches, and of the evaluation batches (none without data.validation)."""
+def read_data(config: RunConfig, task: Task, records: RunData) -> tuple[TrainingData, list[Any]]:
+    """This process's share of the training batches, and of the evaluation batches (none without validation data)."""
     check_batch_size(config)
-    examples = examples_of(config, config.data.train)
+    examples = examples_of(config, records.train)
     taps = None
     if config.data.taps is not None:
-        taps = TapCache(config.data.taps, tap_recipe(config, len(examples)))
+        captured, order = records.train.distinct()
+        taps = TapCache(config.data.taps, tap_recipe(config, len(captured)), order)
     share, shares = data_share()
     data = TrainingData(
         examples,
@@ -145,10 +148,10 @@ def read_data(config: RunConfig, task: Task) -> tuple[TrainingData, list[Any]]:
         process_index=share,
         process_count=shares,
     )
-    if not config.data.validation:
+    if records.validation is None:
         return data, []
     validation = fixed_batches(
-        examples_of(config, config.data.validation),
+        examples_of(config, records.validation),
         config.evaluation.samples,
         batch_size=config.training.batch_size // config.training.accumulation_steps,
         max_length=config.data.max_length,
@@ -168,17 +171,18 @@ def revealed_prefix(config: RunConfig) -> RevealedPrefix | None:
     return RevealedPrefix(noise.revealed, value, config.draft.block_size)
 
 
-def held_out_answers(config: RunConfig, generate: Generate) -> Answers | None:
-    """The prompts of data.validation that evaluation answers; None for a decoder and for evaluation.prompts 0."""
+def held_out_answers(config: RunConfig, records: RunData, generate: Generate) -> Answers | None:
+    """The validation prompts that evaluation answers; None for a decoder and for evaluation.prompts 0."""
     settings = config.evaluation
     if config.kind != "dflash" or not settings.prompts:
         return None
+    assert records.validation is not None
     limit = read_target_config(config.target.path).max_position_embeddings
     longest = min(config.data.max_length, limit - settings.max_new_tokens)
-    prompts = fixed_prompts(examples_of(config, config.data.validation), settings.prompts, longest=longest)
+    prompts = fixed_prompts(examples_of(config, records.validation), settings.prompts, longest=longest)
     if not prompts:
         raise InputError(
-            f"data.validation: no sample has a prompt of at most {longest} tokens before its first supervised one "
+            f"validation data: no sample has a prompt of at most {longest} tokens before its first supervised one "
             f"(of a context of {limit}, evaluation.max_new_tokens takes {settings.max_new_tokens}); give such samples, "
             "or set evaluation.prompts=0"
         )
@@ -203,25 +207,16 @@ def check_batch_size(config: RunConfig) -> None:
         )
 
 
-def examples_of(config: RunConfig, patterns: tuple[str, ...]) -> TokenizedExamples:
-    """The examples of JSONL files, tokenised as the config says."""
-    return read_examples(
-        patterns,
-        load_tokenizer(config.target.path),
-        chat_template_kwargs=config.data.chat_template_kwargs,
-        stop_token_ids=stop_token_ids(config.target.path),
-        vocab_size=read_target_config(config.target.path).vocab_size,
-    )
-
-
 def tap_recipe(config: RunConfig, examples: int) -> TapRecipe:
-    """What the taps of the config's `examples` training examples are made of."""
+    """What the taps of the config's `examples` distinct training examples are made of."""
     return TapRecipe(
         target=target_digest(config.target.path),
         target_layer_ids=draft_config_of(config).target_layer_ids,
         dtype=jnp.dtype(compute_dtype(config)).name,
         max_length=config.data.max_length,
         examples=examples,
+        reasoning=config.data.reasoning,
+        validation_fraction=config.data.validation_fraction,
     )
 
 
@@ -257,11 +252,10 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
         )
 
 
-def _write_files(run: Path, config: RunConfig, task: Task) -> None:
+def _write_files(run: Path, config: RunConfig, files: dict[str, Any]) -> None:
     """Checks what a run to resume was made from, then records it. What never saved a step is simply replaced."""
-    data_sizes = _data_sizes(config)
     resumes = latest_step(run) is not None
-    for name, value in (task.files | {DATA_FILE: data_sizes}).items():
+    for name, value in files.items():
         path = run / name
         if resumes and path.exists() and read_json(path) != json.loads(json.dumps(value)):
             changed = (
@@ -274,18 +268,12 @@ def _write_files(run: Path, config: RunConfig, task: Task) -> None:
         run.mkdir(parents=True, exist_ok=True)
         if config.kind == "causal_lm":
             copy_side_files(model_folder(config.target.path), run)
-        for name, value in (task.files | {DATA_FILE: data_sizes, METADATA_FILE: run_metadata()}).items():
+        for name, value in (files | {METADATA_FILE: run_metadata()}).items():
             (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         # Last: without the metadata it is a file of the user's, which must not be replaced.
         (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise InputError(f"output_dir {run}: cannot be written ({error.strerror}); choose another folder") from error
-
-
-def _data_sizes(config: RunConfig) -> dict[str, list[int]]:
-    """Bytes of every data file: a file that was edited or extended rarely keeps its size."""
-    sets = {"train": config.data.train, "validation": config.data.validation}
-    return {name: [path.stat().st_size for path in find_files(patterns)] for name, patterns in sets.items()}
 
 
 def _on_first_process(action: Callable[[], None]) -> None:

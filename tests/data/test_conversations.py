@@ -55,6 +55,14 @@ def test_other_fields_of_a_message_are_kept_and_nulls_dropped():
     assert record.tools == ({"name": "f"},)
 
 
+def test_tools_may_be_json_text():
+    for tools, expected in ((json.dumps([{"name": "f"}]), ({"name": "f"},)), ("[]", ()), (" ", ()), (None, ())):
+        assert parse_record({"messages": TURNS, "tools": tools}, "here").tools == expected
+    for tools, message in (("f(x)", "tools is text but not JSON"), ('{"name": "f"}', "tools is an object")):
+        with pytest.raises(InputError, match=f"here: field {message}"):
+            parse_record({"messages": TURNS, "tools": tools}, "here")
+
+
 def test_pretokenised_record():
     record = parse_record({"input_ids": [5, 0, 6], "loss_mask": [0, True, 1]}, "here", vocab_size=7)
     np.testing.assert_array_equal(record.input_ids, [5, 0, 6])

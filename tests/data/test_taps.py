@@ -65,7 +65,7 @@ def test_a_cache_of_other_tokens_or_another_version_is_not_continued(folder):
     assert [path.name for path in folder.glob("*.partial")] == ["mine.partial"]
     index = folder / "cache.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 1}))
-    with pytest.raises(InputError, match="format_version is 1, the run has 2"):
+    with pytest.raises(InputError, match="format_version is 1, the run has 3"):
         TapCache(folder, RECIPE)
 
 
@@ -84,9 +84,9 @@ def test_an_example_without_tokens_weighs_nothing(tmp_path):
 
 def test_changed_tokens_are_refused(folder):
     cache = TapCache(folder, RECIPE)
-    with pytest.raises(InputError, match="example 0 has other tokens than when its taps were captured"):
+    with pytest.raises(InputError, match="sample 0 has other tokens than when its taps were captured"):
         cache.read(0, TOKENS[0] + 1)
-    with pytest.raises(InputError, match="example 0 has other tokens"):
+    with pytest.raises(InputError, match="sample 0 has other tokens"):
         cache.read(0, TOKENS[0][:3])
 
 
@@ -97,7 +97,7 @@ def test_a_flipped_bit_is_found(folder):
     data[at + 7] ^= 1
     path.write_bytes(data)
     cache = TapCache(folder, RECIPE)
-    with pytest.raises(InputError, match=r"taps-00001\.safetensors: the taps of example 1 are damaged"):
+    with pytest.raises(InputError, match=r"taps-00001\.safetensors: the taps of sample 1 are damaged"):
         cache.read(1, TOKENS[1])
     cache.read(0, TOKENS[0])
 

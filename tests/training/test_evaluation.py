@@ -44,7 +44,7 @@ def test_prompts_that_leave_no_room_are_refused(raw: dict[str, Any], capsys: pyt
     with pytest.raises(SystemExit, match="2"):
         train(edited(raw, {"evaluation.prompts": 2, "evaluation.max_new_tokens": 10**6}))
     error = capsys.readouterr().err
-    assert "data.validation: no sample has a prompt" in error
+    assert "validation data: no sample has a prompt" in error
     assert "evaluation.prompts=0" in error
 
 

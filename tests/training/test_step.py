@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import BATCH, make_mesh
+from specjax.training.data import open_data
 from specjax.training.loop import to_device
 from specjax.training.objectives import BlockDiffusionLoss
 from specjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -42,7 +43,7 @@ def trainer(raw: dict[str, Any], steps: int = 1, **changes: Any) -> Trainer:
     """What a run of `raw` trains with, on the mesh in force."""
     config = parsed(edited(raw, {name.replace("__", "."): value for name, value in changes.items()}))
     task = draft_task(config)
-    data, _ = read_data(config, task)
+    data, _ = read_data(config, task, open_data(config))
     schedule = learning_rate_schedule(config.optimizer, 10)
     optimizer = make_optimizer(config.optimizer, schedule)
     batches = [to_device(data.batch(i), config.training.accumulation_steps) for i in range(steps)]
