@@ -215,3 +215,7 @@ def converse(dialogues: Sequence[Dialogue], answer: Answerer) -> Iterator[Dialog
             if asked[i].outcome is not None:
                 yield asked[i]
         open_dialogues = [dialogue for dialogue in asked if dialogue.outcome is None]
+
+
+if __name__ == "__main__":
+    main()

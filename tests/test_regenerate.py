@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -388,3 +390,9 @@ def test_a_report_that_is_gone_is_named(
     error = refused(folder, out, capsys)
     assert "reports/answers-00001.json: unreadable" in error
     assert f"delete {out / 'answers-00001.jsonl'}" in error
+
+
+def test_the_module_is_a_command() -> None:
+    called = subprocess.run([sys.executable, "-m", "specjax.regenerate", "--help"], capture_output=True, text=True)
+    assert called.returncode == 0
+    assert "--unfinished" in called.stdout
