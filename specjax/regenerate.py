@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records, recipe = _plan(args)
     folder = AnswerFolder(args.out, recipe)
     mine = [shard for shard in folder.missing() if shard % args.num_processes == args.process_id]
-    report = _answer(args, folder, records, recipe, mine)
+    report = _answer(args, folder, records, mine)
     counts = report.counts
     print(
         f"{args.out}: {recipe.prompts:,} prompts: {counts.done:,} done, {counts.unfinished:,} unfinished, "
@@ -131,7 +131,7 @@ def _sha256(path: Path) -> str:
 
 
 def _answer(
-    args: argparse.Namespace, folder: AnswerFolder, records: JsonlRecords, recipe: Recipe, shards: Sequence[int]
+    args: argparse.Namespace, folder: AnswerFolder, records: JsonlRecords, shards: Sequence[int]
 ) -> ShardReport:
     """Writes these shards and returns what became of their prompts."""
     from rich.console import Console
