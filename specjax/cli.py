@@ -65,11 +65,12 @@ def decoding_mesh(args: argparse.Namespace) -> Iterator[None]:
 
     if not 1 <= args.tensor <= jax.device_count():
         raise InputError(f"--tensor is {args.tensor}; there are {jax.device_count()} devices")
-    with jax.set_mesh(make_mesh(tensor=args.tensor)), matmul_precision(_dtype(args)):
+    with jax.set_mesh(make_mesh(tensor=args.tensor)), matmul_precision(dtype_name(args)):
         yield
 
 
-def _dtype(args: argparse.Namespace) -> str:
+def dtype_name(args: argparse.Namespace) -> str:
+    """--dtype, with auto resolved: float32 on CPU, bfloat16 on accelerators."""
     import jax
 
     if args.dtype == "auto":
@@ -88,7 +89,7 @@ def load_models(args: argparse.Namespace) -> Models:
     from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
-    dtype = jnp.dtype(_dtype(args))
+    dtype = jnp.dtype(dtype_name(args))
     target_config = weights.read_target_config(args.target)
     try:
         check_mesh_fits(target_config)

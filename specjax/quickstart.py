@@ -224,18 +224,20 @@ def write_answers(path: Path, target: Decoder, prompts: Prompts, stops: tuple[in
     """
     from rich.progress import track
 
-    from specjax.decoding import generate
+    from specjax.data.dialogues import answer_record
+    from specjax.decoding.by_length import generate_by_length
 
-    batches = [
-        (ordered[i : i + ANSWER_BATCH], min(max_new_tokens, TRAINING_ANSWER_TOKENS.get(domain, max_new_tokens)))
-        for domain, ordered in ((domain, sorted(rows, key=len)) for domain, rows in prompts.items())
-        for i in range(0, len(ordered), ANSWER_BATCH)
-    ]
     with path.open("w", encoding="utf-8") as file:
-        for batch, limit in track(batches, description=f"answers for {path.stem}"):
-            for prompt, answer in zip(batch, generate(target, batch, None, limit, stops).tokens, strict=True):
-                mask = [0] * len(prompt) + [1] * len(answer)
-                file.write(json.dumps({"input_ids": prompt + answer, "loss_mask": mask}) + "\n")
+        for domain, rows in prompts.items():
+            answers = generate_by_length(
+                target,
+                rows,
+                batch_size=max(1, min(ANSWER_BATCH, len(rows))),
+                max_new_tokens=min(max_new_tokens, TRAINING_ANSWER_TOKENS.get(domain, max_new_tokens)),
+                stop_token_ids=stops,
+            )
+            for i, answer in track(answers, total=len(rows), description=f"answers for {path.stem}: {domain}"):
+                file.write(json.dumps(answer_record(rows[i], answer)) + "\n")
 
 
 def evaluate(

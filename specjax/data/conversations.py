@@ -13,7 +13,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -187,14 +187,22 @@ class JsonlRecords:
     """Random access to the records of JSONL files: only byte offsets are held in memory.
 
     Blank lines are skipped. Picklable; safe to read from several threads, because each read opens its file.
+    `parse` makes a record of a decoded line, as `parse_record` does.
     `token_counts` int64 [records] are the tokens of the records whose line begins with `input_ids`, -1 for the others;
     `identity` holds the bytes of each file: one that was edited or extended rarely keeps its size.
     Raises InputError for a pattern without a file, for files without a single record, and, on access, for a bad line.
     """
 
-    def __init__(self, patterns: Iterable[str | os.PathLike[str]], *, vocab_size: int | None = None) -> None:
+    def __init__(
+        self,
+        patterns: Iterable[str | os.PathLike[str]],
+        *,
+        vocab_size: int | None = None,
+        parse: Callable[[object, str, int | None], Record] = parse_record,
+    ) -> None:
         self.paths = find_files(patterns)
         self.vocab_size = vocab_size
+        self.parse = parse
         self.identity: list[int | str] = [path.stat().st_size for path in self.paths]
         lines = [_index_lines(path) for path in self.paths]
         self._lines = np.concatenate(lines) if lines else np.zeros((0, 4), np.int64)
@@ -209,9 +217,8 @@ class JsonlRecords:
     def __getitem__(self, index: int) -> Record:
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
-        index %= len(self)
-        path = self.paths[int(np.searchsorted(self._first, index, side="right")) - 1]
-        number, start, stop, _ = map(int, self._lines[index])
+        path, number = self.place(index)
+        _, start, stop, _ = map(int, self._lines[index])
         origin = f"file {path}, line {number}"
         with open(path, "rb") as file:
             file.seek(start)
@@ -220,7 +227,12 @@ class JsonlRecords:
             fields = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise InputError(f"{origin}: not JSON ({error}); JSONL holds one JSON object a line") from error
-        return parse_record(fields, origin, self.vocab_size)
+        return self.parse(fields, origin, self.vocab_size)
+
+    def place(self, index: int) -> tuple[Path, int]:
+        """File and one-based line number of a record."""
+        index %= len(self)
+        return self.paths[int(np.searchsorted(self._first, index, side="right")) - 1], int(self._lines[index, 0])
 
 
 def _index_lines(path: Path) -> np.ndarray:

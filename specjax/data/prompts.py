@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from specjax.data.chat_template import RESERVED_KWARGS
-from specjax.data.conversations import RECORD_KEYS, Conversation, Message, find_files, parse_record
+from specjax.data.conversations import (
+    RECORD_KEYS,
+    Conversation,
+    Message,
+    PretokenizedExample,
+    Record,
+    find_files,
+    parse_record,
+)
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,11 +65,7 @@ def chat_prompt(
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """Messages rendered by the chat template up to where the assistant begins, as token ids."""
-    if tokenizer is None or not tokenizer.chat_template:
-        raise InputError(f"{origin}: is text, but the target has no tokenizer with a chat template; give input_ids")
-    reserved = sorted(RESERVED_KWARGS & dict(chat_template_kwargs or {}).keys())
-    if reserved:
-        raise InputError(f"chat template kwargs: {', '.join(reserved)} cannot be set; remove it")
+    tokenizer = check_chat(tokenizer, chat_template_kwargs, origin)
     try:
         text = tokenizer.apply_chat_template(
             list(messages),
@@ -76,6 +80,40 @@ def chat_prompt(
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def check_chat(
+    tokenizer: PreTrainedTokenizerBase | None, chat_template_kwargs: Mapping[str, Any] | None, origin: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises InputError where it renders no chat, or where a setting is the renderer's own."""
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError(f"{origin}: is text, but the target has no tokenizer with a chat template; give input_ids")
+    reserved = sorted(RESERVED_KWARGS & dict(chat_template_kwargs or {}).keys())
+    if reserved:
+        raise InputError(f"chat template kwargs: {', '.join(reserved)} cannot be set; remove it")
+    return tokenizer
+
+
+def prompt_record(fields: object, origin: str, vocab_size: int | None = None) -> Record:
+    """As `parse_record`, and `{"prompt": text}` as a conversation of one user turn.
+
+    Beside a conversation, as some data sets have it, `prompt` is left alone.
+    """
+    if isinstance(fields, dict) and "prompt" in fields and not any(key in fields for key in RECORD_KEYS):
+        if not isinstance(fields["prompt"], str):
+            raise InputError(f"{origin}: field prompt is {fields['prompt']!r}; give a string")
+        return Conversation(({"role": "user", "content": fields["prompt"]},), (), origin)
+    return parse_record(fields, origin, vocab_size)
+
+
+def prompt_of_tokens(example: PretokenizedExample, origin: str) -> list[int]:
+    """What precedes the first supervised token. Raises InputError where that is nothing."""
+    supervised = example.loss_mask.nonzero()[0]
+    length = int(supervised[0]) if len(supervised) else len(example.input_ids)
+    if not length:
+        raise InputError(f"{origin}: no token precedes the first supervised one; give a prompt of at least one token")
+    ids: list[int] = example.input_ids[:length].tolist()
+    return ids
+
+
 def _prompt(
     line: bytes,
     origin: str,
@@ -87,11 +125,7 @@ def _prompt(
         fields = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f"{origin}: is not JSON ({error})") from error
-    if isinstance(fields, dict) and "prompt" in fields and not any(key in fields for key in RECORD_KEYS):
-        if not isinstance(fields["prompt"], str):
-            raise InputError(f"{origin}: field prompt is {fields['prompt']!r}; give a string")
-        return chat_prompt([{"role": "user", "content": fields["prompt"]}], tokenizer, origin, chat_template_kwargs)
-    record = parse_record(fields, origin, vocab_size)
+    record = prompt_record(fields, origin, vocab_size)
     if isinstance(record, Conversation):
         messages = list(record.messages)
         while messages and messages[-1]["role"] == "assistant":
@@ -99,8 +133,4 @@ def _prompt(
         if not messages:
             raise InputError(f"{origin}: nothing precedes the assistant's turn; give the message that it answers")
         return chat_prompt(messages, tokenizer, origin, chat_template_kwargs, record.tools)
-    supervised = record.loss_mask.nonzero()[0]
-    length = int(supervised[0]) if len(supervised) else len(record.input_ids)
-    if not length:
-        raise InputError(f"{origin}: no token precedes the first supervised one; give a prompt of at least one token")
-    return record.input_ids[:length].tolist()
+    return prompt_of_tokens(record, origin)
