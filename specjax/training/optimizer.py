@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import optax
 
-from specjax.config import OptimizerConfig
+from specjax.config_sections import OptimizerConfig
 
 DEFAULT_DECAY_RATIO = 0.2
 DEFAULT_MIN_LR_RATIO = 0.1

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from specjax.config import DraftConfig
+from specjax.config_sections import DraftConfig
 from specjax.errors import InputError
 from specjax.models.dflash import DFlashConfig, DFlashDraft
 from specjax.weights import flat_params, load_draft, load_run_draft, read_draft_config, with_params

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import specjax.config
+import specjax.config_sections
 from specjax.blockdiff.losses import BlockLoss, Teacher, block_loss
 from specjax.blockdiff.terms import STREAK_TERMS, TERMS
 from specjax.models.sharding import SPECS, make_mesh, put
@@ -186,7 +186,7 @@ def test_neither_distribution_exists_for_all_blocks() -> None:
 
 
 def test_the_config_names_the_same_terms() -> None:
-    assert specjax.config.TERMS == TERMS
+    assert specjax.config_sections.TERMS == TERMS
 
 
 @pytest.mark.parametrize(

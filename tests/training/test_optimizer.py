@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.config import OptimizerConfig
+from specjax.config_sections import OptimizerConfig
 from specjax.models.sharding import mesh_scope
 from specjax.training.optimizer import learning_rate_schedule, make_optimizer
 
