@@ -163,7 +163,7 @@ def report(out: Path, corpus: Path, max_length: int) -> None:
         examples = read_examples([corpus / f"heldout-{domain}.jsonl"], None, vocab_size=model.config.vocab_size)
         batches = fixed_batches(examples, REPORT_SAMPLES, batch_size=8, max_length=max_length, num_anchors=None)
         with mesh_scope():
-            metrics, _ = causal_lm_evaluator(loss, batches)(model)
+            metrics = causal_lm_evaluator(loss, batches)(model).metrics
         print(f"\nheld-out {domain}, answers: loss {metrics['loss']:.3f} nats, accuracy {metrics['accuracy']:.3f}")
         input_ids, loss_mask = examples[0]
         prompt = input_ids[: int(loss_mask.argmax())].tolist()

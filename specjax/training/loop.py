@@ -103,7 +103,7 @@ class Loop(Generic[Model]):
         pending: dict[str, jax.Array] | None = None
         done = first_step
         with Interrupt().installed() as interrupt:
-            for host_batch in batches:
+            for host_batch in clock.waits(batches):
                 batch = to_device(host_batch, self.plan.accumulation_steps)
                 state, metrics = self.step(state, self.frozen, batch)
                 jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
@@ -170,6 +170,18 @@ class _Clock:
         self.seconds = 0.0
         self.timed_steps = 0
         self.since: float | None = None  # the first step compiles and is not timed
+        self.waited = 0.0
+
+    def waits(self, batches: Iterator[HostBatch]) -> Iterator[HostBatch]:
+        """`batches`, and how long each took to come, while the devices worked on the step before it."""
+        while True:
+            started = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            if self.since is not None:
+                self.waited += time.perf_counter() - started
+            yield batch
 
     def record(self, metrics: Mapping[str, np.ndarray]) -> None:
         """A step's metrics have arrived, so the step is over."""
@@ -192,9 +204,10 @@ class _Clock:
         if self.timed_steps:
             step_time = self.seconds / self.timed_steps
             metrics |= {"step_time_s": step_time, "tokens_per_s": self.plan.tokens_per_step / step_time}
+            metrics["data_wait"] = min(1.0, self.waited / self.seconds)
             if self.plan.peak_flops is not None:
                 metrics["mfu"] = self.plan.flops_per_step / step_time / self.plan.peak_flops
-        self.sums, self.steps, self.seconds, self.timed_steps = {}, 0, 0.0, 0
+        self.sums, self.steps, self.seconds, self.timed_steps, self.waited = {}, 0, 0.0, 0, 0.0
         return metrics
 
 

@@ -15,7 +15,7 @@ import specjax.training.capture as capture_module
 from specjax.capture import main
 from specjax.data.taps import shard_path
 from specjax.models.decoder import Decoder
-from tests.training.tiny import edited, scalars, train, write_config, write_rows
+from tests.training.tiny import DRAFT_ONLY, edited, scalars, train, write_config, write_rows
 
 PACKED = {"data.packing": True, "draft.num_layers": 2, "loss.objective": {"ce": 0.5, "kl": 0.5}}
 
@@ -112,7 +112,7 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
     changed = write_rows(tmp_path / "changed.jsonl", 20, seed=9)
     message = error_of(train, edited(raw, {"data.taps": str(taps), "data.train": [str(changed)]}))
     assert "has other tokens than when its taps were captured" in message
-    lm = {"kind": "causal_lm", "draft": None, "loss": None, "data.num_anchors": None}
+    lm = {"kind": "causal_lm", "draft": None, "loss": None} | dict.fromkeys(DRAFT_ONLY)
     assert "only a draft (dflash) is trained on taps" in error_of(captured, edited(raw, lm), tmp_path / "lm")
     message = error_of(train, edited(raw, lm | {"data.taps": str(taps)}))
     assert "kind causal_lm trains no draft and ignores data.taps" in message

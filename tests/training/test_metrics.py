@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from converters.flax_to_hf import main as flax_to_hf
 from specjax.models.decoder import DecoderConfig
 from specjax.models.dflash import DFlashConfig
 from specjax.models.layers import RopeConfig
+from specjax.training import loop
 from specjax.training.flops import StepShape, causal_lm_step_flops, dflash_step_flops
 from specjax.training.metrics import add, readable
 from specjax.weights import read_target_config
 from specjax.weights.tokenizer import stop_token_ids
 from tests.training.conftest import FinishedRun
-from tests.training.tiny import LENGTH, STEPS, STOP_TOKEN, edited, scalars, train
+from tests.training.tiny import DRAFT_ONLY, LENGTH, STEPS, STOP_TOKEN, edited, scalars, train
 
 ACCURACIES = {"acc@1", "acc@2", "acc@3"}
 
@@ -55,7 +57,7 @@ def test_sums_are_added_before_they_are_divided() -> None:
 def test_tags_of_a_draft_run(finished_run: FinishedRun) -> None:
     found = scalars(finished_run.folder)
     measures = {"loss", "acceptance_length_tf", "supervised_tokens", "coverage", *ACCURACIES}
-    times = {"train/step_time_s", "train/tokens_per_s"}
+    times = {"train/step_time_s", "train/tokens_per_s", "train/data_wait"}
     every_step = {f"train/{name}" for name in measures | {"learning_rate", "grad_norm"}}
     evaluated = measures | {"acceptance_length_sampled_tf"}
     assert set(found) == every_step | times | {f"eval/{name}" for name in evaluated}
@@ -88,7 +90,7 @@ def test_a_decoder_run_learns_and_is_exported(raw: dict[str, Any], target_folder
     target = shutil.copytree(target_folder, tmp_path / "target")
     generation = {"do_sample": False, "eos_token_id": STOP_TOKEN}
     (target / "generation_config.json").write_text(json.dumps(generation))
-    changes = {"kind": "causal_lm", "target.init": "random", "draft": None, "loss": None, "data.num_anchors": None}
+    changes = {"kind": "causal_lm", "target.init": "random", "draft": None, "loss": None} | dict.fromkeys(DRAFT_ONLY)
     changes |= {"target.path": str(target)}
     changes |= {"optimizer.learning_rate": 1e-2, "training.steps": 20, "optimizer.weight_decay": 0.1}
     changes |= {"evaluation.every_steps": 20}
@@ -140,3 +142,23 @@ def test_flops_of_a_step_by_hand() -> None:
     assert dflash_step_flops(target, draft, StepShape(2, 8, 3), teacher=True) == taught + whole_target
     expected = 6 * (6 * layer + 1000 * 10) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20
     assert causal_lm_step_flops(target, StepShape(2, 8, 3)) == expected
+
+
+def test_data_wait_is_the_share_of_a_step_that_the_next_batch_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def slow_batches(seconds: list[float]) -> Iterator[Any]:
+        for wait in seconds:
+            now[0] += wait
+            yield {}
+
+    one = np.ones(())
+    sums = dict.fromkeys(("loss_sum", "weight", "correct", "supervised", "learning_rate", "grad_norm"), one)
+    clock = loop._Clock(loop.Plan(5, 1, 1, 5, 5, 8, 1.0, None))
+    shares = []
+    for _ in clock.waits(slow_batches([50.0, 3.0, 3.0, 0.0])):  # the first step compiles and is not timed
+        now[0] += 1
+        clock.record(sums)
+        shares.append(clock.summary().get("data_wait"))
+    assert shares == [None, 0.75, 0.75, 0.0]

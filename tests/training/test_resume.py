@@ -19,7 +19,7 @@ from specjax.weights import flat_params, load_run_params
 from tests.training.conftest import FinishedRun
 from tests.training.tiny import STEPS, edited, scalars, train, write_config
 
-TIMES = {"train/step_time_s", "train/tokens_per_s", "train/mfu"}
+TIMES = {"train/step_time_s", "train/tokens_per_s", "train/data_wait", "train/mfu"}
 
 
 def measured(run: Path) -> dict[str, dict[int, float]]:

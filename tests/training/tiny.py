@@ -19,6 +19,7 @@ from tests.weights.tiny import raw_config, tiny_decoder
 VOCABULARY, LENGTH, STEPS = 64, 24, 6
 MASK_TOKEN, STOP_TOKEN = VOCABULARY - 1, 60
 # Heads, width and vocabulary divide by 8; key/value heads do not, so a tensor axis of 8 copies them.
+DRAFT_ONLY = ("data.num_anchors", "evaluation.prompts")  # which a run of another kind refuses
 TARGET_SHAPE = {"num_hidden_layers": 4, "num_attention_heads": 8, "head_dim": 8, "intermediate_size": 64}
 
 
