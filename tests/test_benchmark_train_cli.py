@@ -79,6 +79,7 @@ def test_a_comparison_trains_alike_on_captured_states(tmp_path: Path, capsys: py
         assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
         assert theirs["ratio"] == pytest.approx(theirs["step_s"]["median"] / ours["step_s"]["median"])
         assert str(theirs["threads"]) in theirs["by_threads_s"]
+        assert set(theirs["cpu_s"]) == set(ours["cpu_s"]) == SPREAD
     printed = capsys.readouterr().out
     assert "TFLOP/s" in printed
     assert "PyTorch, dense mask" in printed

@@ -68,8 +68,9 @@ def _torch(compared: Mapping[str, Any]) -> Table:
         side = compared[name]
         threads = "all" if "threads" not in side else f"{side['threads']}"
         ratio = "1" if "ratio" not in side else f"{side['ratio']:.2f}"
-        rows.append((title, _milliseconds(side["step_s"]), ratio, threads, f"{side['loss']:.4f}"))
-    return "against PyTorch, interleaved", ["step", "ratio to specjax", "threads", "first loss"], rows
+        cpu = f"{1e3 * side['cpu_s']['median']:.1f} ms"
+        rows.append((title, _milliseconds(side["step_s"]), ratio, cpu, threads, f"{side['loss']:.4f}"))
+    return "against PyTorch, interleaved", ["step", "ratio to specjax", "CPU time", "threads", "first loss"], rows
 
 
 def _milliseconds(spread: Mapping[str, float]) -> str:
