@@ -1,4 +1,4 @@
-"""Measures decoding or loading: `python -m specjax.benchmark decode|load ...`."""
+"""Measures training, decoding or loading: `python -m specjax.benchmark train|decode|load ...`."""
 
 from __future__ import annotations
 
@@ -35,20 +35,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     load.add_argument("--target", help="model folder (default: random weights of a 1.5 GB shape)")
     load.add_argument("--runs", type=int, default=3)
     load.add_argument("--json", type=Path, help="also write the report here")
+    _add_train(commands)
     args = parser.parse_args(argv)
-    for name in ("runs", "limit", "batch_size"):
-        if getattr(args, name, None) is not None and getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least 1")
+    for name, least in (("runs", 1), ("limit", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0)):
+        if getattr(args, name, None) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
     if args.json is not None and args.json.is_dir():
         raise InputError(f"--json {args.json} is a folder; give a file")
     if args.command == "decode" and args.compare_hf and args.batch_size != 1:
         raise InputError(f"--compare-hf decodes one prompt at a time; --batch-size is {args.batch_size}, leave it 1")
-    report = _decode(args) if args.command == "decode" else _load(args)
+    report = {"train": _train, "decode": _decode, "load": _load}[args.command](args)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
             json.dumps({args.command: report, "metadata": run_metadata()}, indent=2) + "\n", encoding="utf-8"
         )
+
+
+def _add_train(commands: Any) -> None:
+    train = commands.add_parser("train", help="time and memory of a run config's train step, on synthetic rows")
+    train.add_argument("config", help="YAML run config; the data files that it names are not read")
+    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    train.add_argument("--steps", type=int, default=20, help="timed steps")
+    train.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
+    train.add_argument(
+        "--random-target", action="store_true", help="random weights of the shape in the target's config.json"
+    )
+    train.add_argument(
+        "--captured", action="store_true", help="random states in place of the target's, as if data.taps were set"
+    )
+    train.add_argument(
+        "--compare", choices=["torch"], help="also time PyTorch's step, both on captured states (loss.objective ce)"
+    )
+    train.add_argument("--json", type=Path, help="also write the report here")
+
+
+def _train(args: argparse.Namespace) -> dict[str, Any]:
+    from specjax.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    from specjax.training.benchmark import Settings, benchmark_training, check_measurable
+    from specjax.training.benchmark_tables import tables
+    from specjax.training.torch_comparison import require_torch
+
+    if args.compare:
+        require_torch()
+    settings = Settings(args.steps, args.warmup, args.random_target, args.captured, args.compare == "torch")
+    try:
+        check_measurable(config, settings)
+    except InputError as error:
+        raise InputError(f"{args.config}: {error}") from None
+    with Console(stderr=True).status("training") as status:
+        report = benchmark_training(config, settings, status.update)
+    for title, columns, rows in tables(report):
+        print_table(title, columns, rows)
+    return report
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class DFlashDraft(nnx.Module):
 
     def context_kv(self, context_btd: jax.Array, positions_bt: jax.Array) -> ContextKV:
         """Per layer, the context's keys and values, each [b, k, t, h]; the context itself is not normed again."""
-        rotary = self._rotary(positions_bt)
+        rotary = self.rotary(positions_bt)
         return tuple(layer.self_attn.keys_values(context_btd, rotary) for layer in self.layers)
 
     def __call__(
@@ -188,18 +188,18 @@ class DFlashDraft(nnx.Module):
         start_bN, stop_bN = (jax.reshard(x, SPECS.act_bN) for x in (start_bN, stop_bN))
         offsets = jnp.arange(size, dtype=jnp.int32)
         positions = (stop_bN - start_bN)[..., None] + offsets
-        rotary = self._rotary(positions.reshape(b, blocks * size))
+        rotary = self.rotary(positions.reshape(b, blocks * size))
         x = noise_bNBd.reshape(b, blocks * size, d)
         for layer, kind, kv in zip(self.layers, self.config.layer_types, context_kv, strict=True):
-            ranges = self._visible(kind, start_bN, stop_bN, size)
+            ranges = self.visible(kind, start_bN, stop_bN, size)
             step = jax.checkpoint(_draft_layer_step, static_argnums=(5,)) if remat else _draft_layer_step
             x = step(layer, x, rotary, kv, ranges, query_chunk)
         return self.norm(x).reshape(b, blocks, size, d)
 
-    def _visible(
+    def visible(
         self, kind: str, start_bN: jax.Array, stop_bN: jax.Array, size: int
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Visible context range and own-block range of every slot, each [b, N, B]."""
+        """Visible context range and own-block range of every slot, in a layer of `kind`, each [b, N, B]."""
         k = jnp.arange(size, dtype=jnp.int32)
         start, stop = start_bN[..., None] + 0 * k, stop_bN[..., None] + 0 * k
         own_start, own_stop = jnp.zeros_like(start), jnp.full_like(start, size)
@@ -211,7 +211,8 @@ class DFlashDraft(nnx.Module):
                 own_stop = jnp.zeros_like(start) + k + 1
         return start, stop, own_start, own_stop
 
-    def _rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tables (cos, sin), each [..., h / 2], of the draft's own rotary embedding."""
         config = self.config
         return rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions)
 

@@ -99,11 +99,17 @@ class BlockDiffusionLoss:
         start, stop = context_ranges(documents, anchors)
         noise = target.embed(noise_ids)
         hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)
+        return self.of_hidden(hidden, target, labels, self.slots(draft, batch), teacher)
+
+    def of_hidden(
+        self, hidden: jax.Array, target: Decoder, labels: jax.Array, slots: jax.Array, teacher: Teacher | None
+    ) -> BlockLoss:
+        """The loss's sums from the draft's final hidden states [b, N, B, d], by the target's head."""
         return block_loss(
             hidden,
             target.head_kernel(),
             labels,
-            self.slots(draft, batch),
+            slots,
             objective=self.objective,
             teacher=teacher,
             weighting=self.weighting,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -54,11 +54,27 @@ class Task:
 
 
 def draft_task(config: RunConfig) -> Task:
-    """A fresh draft on the mesh in force, with the frozen target that teaches it."""
-    dtype = compute_dtype(config)
+    """A fresh draft on the mesh in force, with the frozen target that teaches it, and the files that record both."""
+    check_mesh(read_target_config(config.target.path))
+    target = load_target(config.target.path, dtype=compute_dtype(config))
+    task, draft = draft_task_of(config, target), draft_config_of(config)
+    tokenizer = load_tokenizer(config.target.path)
+    fingerprint = target_fingerprint(
+        target,
+        chat_template=None if tokenizer is None else tokenizer.get_chat_template() if tokenizer.chat_template else None,
+        thinking=json.dumps(config.data.chat_template_kwargs, sort_keys=True),
+    )
+    files = {
+        RUN_DRAFT_CONFIG: draft_config_to_hf(draft),
+        "specjax.json": fingerprint.to_json(),
+        TARGET_FILE: {"digest": target_digest(config.target.path)},
+    }
+    return replace(task, files=files)
+
+
+def draft_task_of(config: RunConfig, target: Decoder) -> Task:
+    """A fresh draft for `target`, which may have any weights of the config's target's shape; no files."""
     draft_config = draft_config_of(config)
-    _check_mesh(read_target_config(config.target.path))
-    target = load_target(config.target.path, dtype=dtype)
     loss = BlockDiffusionLoss(
         objective=config.loss.objective,
         weighting=config.loss.weighting,
@@ -69,13 +85,7 @@ def draft_task(config: RunConfig) -> Task:
         query_chunk=config.training.attention_chunk,
         remat=config.training.remat,
     )
-    tokenizer = load_tokenizer(config.target.path)
-    fingerprint = target_fingerprint(
-        target,
-        chat_template=None if tokenizer is None else tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        thinking=json.dumps(config.data.chat_template_kwargs, sort_keys=True),
-    )
-    model = jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
+    model = jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=compute_dtype(config)))()
     return Task(
         model=model if config.draft.init is None else warm_started(model, config.draft.init),
         loss=loss,
@@ -90,11 +100,7 @@ def draft_task(config: RunConfig) -> Task:
         ),
         flops_formula=flops.DFLASH_FORMULA,
         num_anchors=config.data.num_anchors,
-        files={
-            RUN_DRAFT_CONFIG: draft_config_to_hf(draft_config),
-            "specjax.json": fingerprint.to_json(),
-            TARGET_FILE: {"digest": target_digest(config.target.path)},
-        },
+        files={},
     )
 
 
@@ -127,7 +133,7 @@ def causal_lm_task(config: RunConfig) -> Task:
     dtype = compute_dtype(config)
     folder = model_folder(config.target.path)
     target_config = read_target_config(folder)
-    _check_mesh(target_config)
+    check_mesh(target_config)
     files = {RUN_TARGET_CONFIG: decoder_config_to_hf(target_config) | unshaping_fields(folder / MODEL_CONFIG_FILE)}
     if config.target.init == "random":
         model = jax.jit(lambda: Decoder(target_config, rngs=nnx.Rngs(config.seed), dtype=dtype))()
@@ -147,7 +153,8 @@ def causal_lm_task(config: RunConfig) -> Task:
     )
 
 
-def _check_mesh(target: DecoderConfig) -> None:
+def check_mesh(target: DecoderConfig) -> None:
+    """Raises InputError where the mesh in force does not divide the target's dimensions."""
     try:
         check_mesh_fits(target)
     except ValueError as error:

@@ -1,0 +1,150 @@
+"""`python -m specjax.benchmark train`: its JSON and tables, and the mistakes it names."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from specjax.benchmark import main
+from tests.training.tiny import LENGTH, edited, raw_run
+from tests.weights.tiny import raw_config
+
+ROWS, ANCHORS = 8, 4
+SPREAD = {"median", "min", "max"}
+
+
+def write_config(folder: Path, changes: dict[str, Any] | None = None) -> str:
+    """A run on a target folder with only config.json, and on data that does not exist."""
+    target = folder / "target"
+    target.mkdir(exist_ok=True)
+    (target / "config.json").write_text(json.dumps(raw_config(num_hidden_layers=4)))
+    raw = edited(raw_run(target, folder / "nowhere", folder / "run"), changes or {})
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return str(path)
+
+
+def measure(folder: Path, *arguments: str) -> dict[str, Any]:
+    out = folder / "report.json"
+    main(["train", *arguments, "--random-target", "--steps", "2", "--warmup", "1", "--json", str(out)])
+    written: dict[str, Any] = json.loads(out.read_text())
+    assert set(written) == {"train", "metadata"}
+    report: dict[str, Any] = written["train"]
+    return report
+
+
+def test_a_step_is_measured_whole_and_in_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, {"draft.mask_token_id": None})
+    overrides = ("logging.peak_tflops=0.001", "training.accumulation_steps=2", "training.batch_size=16", "mesh.fsdp=2")
+    report = measure(tmp_path, config, *overrides)
+    assert not (tmp_path / "run").exists()
+    assert set(report["step_s"]) == SPREAD
+    assert len(report["step_all_s"]) == 2
+    median = report["step_s"]["median"]
+    assert report["tokens_per_s"] == pytest.approx(16 * LENGTH / median)
+    assert report["anchors_per_s"] == pytest.approx(16 * ANCHORS / median)
+    assert report["mfu"] == pytest.approx(report["flops_per_step"] / median / (8 * 1e9))
+    assert report["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert report["target_runs"]
+    assert report["memory_peak_bytes"] == report["memory_arguments_bytes"] + report["memory_temporaries_bytes"]
+    assert min(report["trace_s"], report["compile_s"], report["memory_arguments_bytes"]) > 0
+    assert "device_memory" in report
+    assert list(report["parts_s"]) == [
+        "target_forward",
+        "draft_attention",
+        "draft_projections_mlp",
+        "head_loss",
+        "optimizer",
+    ]
+    assert report["parts_sum_s"] == pytest.approx(sum(report["parts_s"].values()))
+    printed = capsys.readouterr().out
+    for words in ("context tokens/s", "anchors/s", "MFU", "recompute excluded", "temporaries", "target forward"):
+        assert words in printed
+
+
+def test_a_comparison_trains_alike_on_captured_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = measure(tmp_path, write_config(tmp_path, {"training.remat": False}), "--compare", "torch")
+    assert not report["target_runs"]
+    assert "target_forward" not in report["parts_s"]
+    assert (report["mfu"], report["peak_flops"]) == (None, None)
+    ours = report["torch"]["specjax"]
+    for variant in ("ranges", "dense"):
+        theirs = report["torch"][variant]
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+        assert theirs["grad_norm"] == pytest.approx(ours["grad_norm"], rel=1e-4)
+        assert theirs["ratio"] == pytest.approx(theirs["step_s"]["median"] / ours["step_s"]["median"])
+        assert str(theirs["threads"]) in theirs["by_threads_s"]
+        assert set(theirs["cpu_s"]) == set(ours["cpu_s"]) == SPREAD
+    printed = capsys.readouterr().out
+    assert "TFLOP/s" in printed
+    assert "PyTorch, dense mask" in printed
+
+
+COMPARE = ["--compare", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ["loss.objective=kl", *COMPARE], "run.yaml: --compare torch: PyTorch's step has only plain settings: "),
+        ({}, ["loss.objective=kl", *COMPARE], "loss.objective is kl; give ce"),
+        ({}, ["optimizer.name=muon", *COMPARE], "optimizer.name is muon; give adamw"),
+        ({}, ["training.accumulation_steps=2", *COMPARE], "training.accumulation_steps is 2; give 1"),
+        ({}, ["draft.sliding_window=9", *COMPARE], "draft.sliding_window is 9; give null"),
+        ({}, ["--steps", "0"], "--steps is 0; give at least 1"),
+        ({}, ["--warmup", "-1"], "--warmup is -1; give at least 0"),
+        ({}, ["training.batch_size=3"], "training.batch_size is 3: not a multiple of 8"),
+        ({"target.path": "./nowhere"}, ["--random-target"], "nowhere: no such folder"),
+        ({}, [], "holds no weights"),
+    ],
+)
+def test_a_mistake_is_named(
+    changes: dict[str, Any],
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert message in refusal([write_config(tmp_path, changes), *arguments], capsys)
+
+
+def test_a_decoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {"kind": "causal_lm", "draft": None, "loss": None, "data.num_anchors": None, "evaluation.prompts": None}
+    config = write_config(tmp_path, settings)
+    assert "run.yaml: kind is causal_lm; the benchmark times the training of drafts" in refusal([config], capsys)
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path)
+    (tmp_path / "target" / "config.json").unlink()
+    assert "target/config.json" in refusal([config, "--random-target"], capsys)
+
+
+def test_a_comparison_needs_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = builtins.__import__
+
+    def without_torch(name: str, *args: Any) -> Any:
+        if name == "torch":
+            raise ImportError(name)
+        return original(name, *args)
+
+    config = write_config(tmp_path)
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    assert "--compare torch needs PyTorch; install the test extra" in refusal([config, *COMPARE], capsys)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What is said of a mistake, on stderr, before the exit with status 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *arguments])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    return said
