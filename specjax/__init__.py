@@ -6,6 +6,7 @@ The names below load what they need (jax among it) when they are first used.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from specjax.config import RunConfig
     from specjax.decoding import generate
     from specjax.weights import load_draft, load_target
+
+# Of transformers only tokenizers and configs are used: its advice to install PyTorch reads like a failure.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 __version__ = "0.1.0"
 __all__ = ["generate", "load_draft", "load_target", "train"]

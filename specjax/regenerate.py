@@ -64,7 +64,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, nargs="+", help="JSONL files or globs: prompt, messages or input_ids")
     parser.add_argument("--out", required=True, type=Path, help="folder of the answers")
     parser.add_argument("--limit", type=int, help="use the first N prompts only")
-    parser.add_argument("--max-new-tokens", type=int, default=2048, help="of an answer")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of an answer")
     parser.add_argument("--unfinished", choices=("keep", "drop"), default="keep", help="answers that hit this limit")
     parser.add_argument("--batch-size", type=int, default=32, help="prompts decoded together")
     parser.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
@@ -96,12 +96,12 @@ def _plan(args: argparse.Namespace) -> tuple[JsonlRecords, Recipe]:
     stops = stop_token_ids(args.target)
     if args.unfinished == "drop" and not stops:
         raise InputError(f"{args.target}: names no eos_token_id, so --unfinished drop leaves nothing; use keep")
+    records = JsonlRecords(args.data, vocab_size=config.vocab_size, parse=prompt_record)
     if args.max_new_tokens >= config.max_position_embeddings:
         raise InputError(
             f"--max-new-tokens is {args.max_new_tokens}, which leaves no prompt room in the target's context of "
-            f"{config.max_position_embeddings}; lower it"
+            f"{config.max_position_embeddings}; give less, such as {config.max_position_embeddings // 2}"
         )
-    records = JsonlRecords(args.data, vocab_size=config.vocab_size, parse=prompt_record)
     prompts = len(records) if args.limit is None else min(args.limit, len(records))
     for i in range(prompts):
         record = records[i]

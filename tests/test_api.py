@@ -65,10 +65,10 @@ def test_models_load_and_decode_without_a_mesh(tmp_path: Path) -> None:
 
 def test_train_takes_a_config_or_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parse_config({"output_dir": str(tmp_path / "run"), **MINIMAL}, "test")
-    calls: list[tuple[RunConfig, bool]] = []
+    calls: list[tuple[RunConfig, object, bool]] = []
 
-    def run(config: RunConfig, *, resume: bool = False) -> Path:
-        calls.append((config, resume))
+    def run(config: RunConfig, *, generate: object = None, resume: bool = False) -> Path:
+        calls.append((config, generate, resume))
         return Path(config.output_dir)
 
     monkeypatch.setattr("specjax.training.run.train", run)
@@ -76,6 +76,6 @@ def test_train_takes_a_config_or_its_path(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text(dump_config(config), encoding="utf-8")
     for given in (config, path, str(path)):
         assert specjax.train(given, resume=True) == tmp_path / "run"
-    assert calls == [(config, True)] * 3
+    assert calls == [(config, specjax.generate, True)] * 3
     with pytest.raises(InputError, match=r"absent\.yaml"):
         specjax.train(tmp_path / "absent.yaml")

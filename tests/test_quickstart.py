@@ -172,7 +172,11 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ([], {"train_prompts": TRAIN + 3}, "answers of other settings or another target; delete"),
         ([], {"heldout_prompts": HELDOUT + 1}, "answers of other settings or another target; delete"),
         ([], {"max_new_tokens": NEW + 1}, "answers of other settings or another target; delete"),
-        ([f"training.steps={STEPS + 1}"], {}, "the run to resume differs in training"),
+        (
+            [f"training.steps={STEPS + 1}"],
+            {},
+            f"other settings: training.steps is {STEPS}, now {STEPS + 1};",
+        ),
         ([], {"runs": 0}, "error: --runs is 0; give at least 1"),
         ([], {"heldout_prompts": 1}, "error: --heldout-prompts is 1; give at least 2"),
         ([], {"heldout_prompts": 999}, "heldout prompts of domain code are needed, and there are"),
@@ -218,7 +222,7 @@ def test_files_of_the_users_own_are_not_overwritten(
 def test_a_run_that_was_stopped_early_is_not_evaluated(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("specjax.training.run.train", lambda config, resume: None)
+    monkeypatch.setattr("specjax.training.run.train", lambda config, **_: None)
     longer = arguments(target, finished, f"training.steps={STEPS + 3}")
     assert f"training stopped at step {STEPS}; continue with the same command" in refused(longer, capsys)
 

@@ -76,7 +76,10 @@ def open_saved(folder: Path) -> ArrowRecords:
     """The rows of a folder written by `Dataset.save_to_disk`. Raises InputError for another folder."""
     import datasets
 
-    remedy = "give the folder of a Dataset.save_to_disk, or files, such as FOLDER/*.parquet"
+    kinds = [kind for kind in ("jsonl", "parquet") if any(folder.glob(f"*.{kind}"))]
+    remedy = (
+        f"give its files, {folder}/*.{kinds[0]}" if kinds else "give the folder of a Dataset.save_to_disk, or files"
+    )
     table = _load(lambda: datasets.load_from_disk(str(folder)), f"folder {folder}", remedy)
     if isinstance(table, datasets.DatasetDict):
         splits = ", ".join(str(folder / name) for name in table)

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from specjax.blockdiff.noise import RevealedPrefix
 from specjax.config import RunConfig, dump_config, load_config
+from specjax.config_messages import shown
 from specjax.data.pipeline import TrainingData, fixed_batches, fixed_prompts
 from specjax.data.taps import TapCache, TapRecipe
 from specjax.errors import InputError
@@ -111,6 +112,8 @@ def _fit(
             )
             if first < total:
                 loop.run(state, first, data.batches(first))
+            if checkpoints.latest_step == total:
+                writer.say(f"{run}: done; export it with: python -m converters.flax_to_hf {run} OUT")
 
 
 def _plan(config: RunConfig, task: Task, total: int) -> Plan:
@@ -244,12 +247,19 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
     old, new = load_config(previous).model_dump(), config.model_dump()
     for settings in (old, new):
         del settings["data"]["taps"]  # the losses are the same with and without
-    changed = [name for name in old if name not in FREE_ON_RESUME and old[name] != new[name]]
+    changed = [line for name in old if name not in FREE_ON_RESUME for line in _differences(name, old[name], new[name])]
     if changed:
         raise InputError(
-            f"{previous}: the run to resume differs in {', '.join(changed)}; restore these settings or choose another "
+            f"{previous}: the run to resume has other settings: {'; '.join(changed)}; restore them or choose another "
             "output_dir"
         )
+
+
+def _differences(name: str, old: Any, new: Any) -> list[str]:
+    """`section.key is OLD, now NEW` of every setting that differs."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [line for key in old for line in _differences(f"{name}.{key}", old[key], new[key])]
+    return [] if old == new else [f"{name} is {shown(old)}, now {shown(new)}"]
 
 
 def _write_files(run: Path, config: RunConfig, files: dict[str, Any]) -> None:

@@ -74,7 +74,10 @@ def _is_run(path: str) -> bool:
 
 def _config(path: str) -> DFlashConfig:
     if not _is_run(path):
-        return read_draft_config(path)
+        try:
+            return read_draft_config(path)
+        except InputError as error:
+            raise InputError(f"draft.init: {error}; give an exported draft's folder, a run, or a hub id") from None
     file = Path(path) / RUN_DRAFT_CONFIG
     return draft_config_from_hf(read_json(file), str(file))
 

@@ -107,7 +107,8 @@ def checkpoint_path(run: Path, step: Literal["best"] | int | None) -> Path:
     if not found:
         wanted = "latest checkpoint" if step is None else f"checkpoint {step!r}"
         steps = ", ".join(str(c.step) for c in saved) or "none"
-        raise InputError(f"{run}: has no {wanted}; saved steps: {steps}")
+        why = " (none was evaluated: the run has no validation data)" if saved and step == "best" else ""
+        raise InputError(f"{run}: has no {wanted}{why}; saved steps: {steps}")
     return Path(found[0].path)
 
 

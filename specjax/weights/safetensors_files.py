@@ -64,7 +64,10 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=list(HUB_PATTERNS)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{repo_id}: neither a local folder nor a model the hub can deliver ({reason})") from None
+        raise InputError(
+            f"{repo_id}: neither a local folder nor a model the hub can deliver ({reason}); "
+            "give an existing folder or a hub id, and check the network"
+        ) from None
 
 
 @dataclass(frozen=True)

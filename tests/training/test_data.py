@@ -59,7 +59,7 @@ def test_a_held_out_fraction_is_evaluated_and_not_trained(
     assert scalars(run)["eval/loss"]
     assert json.loads((run / "data.json").read_text())["validation"] == []
     changed = edited(raw, {"data.validation_fraction": 0.4})
-    assert "the run to resume differs in data" in error_of(capsys, changed, "--resume")
+    assert "the run to resume has other settings: data." in error_of(capsys, changed, "--resume")
 
 
 def test_a_record_of_any_weight_is_captured_once_and_trains_as_online(

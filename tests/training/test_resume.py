@@ -112,7 +112,9 @@ def test_what_shapes_the_updates_may_not_change(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         train(edited(raw, {setting: value, "output_dir": str(finished_run.folder)}), "--resume")
-    assert f"differs in {setting.split('.')[0]};" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"the run to resume has other settings: {setting} is " in error
+    assert f", now {value}; restore them" in error
 
 
 def test_a_run_is_not_overwritten(

@@ -81,6 +81,11 @@ def test_what_does_not_fit_is_refused(
     assert str(refused.value).startswith(f"draft.init {exported} does not fit: {message}")
 
 
+def test_a_folder_without_a_draft_is_refused(raw: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"draft.init: {tmp_path}/config.json: no such file.*a run, or a hub id"):
+        draft_config_of(parsed(edited(raw, {"draft.init": str(tmp_path)})))
+
+
 def test_layers_can_only_be_added(raw: dict[str, Any], exported: Path, tmp_path: Path) -> None:
     two = parsed(edited(raw, {"draft.init": str(exported), "draft.num_layers": 2}))
     folder = save_draft(draft_task(two).model, tmp_path / "two", fingerprint=None)  # type: ignore[arg-type]
