@@ -186,7 +186,7 @@ def answer_files(
     Validation prompts are held-out ones of both domains, beyond those that the draft is measured on.
     """
     from specjax import weights
-    from specjax.weights.config_fields import read_json
+    from specjax.data.recipe_file import check_recipe, write_recipe
 
     train_file, validation_file = Path(config.data.weighted_sources[0][0]), Path(config.data.validation[0])
     recipe = train_file.with_name("recipe.json")
@@ -197,10 +197,8 @@ def answer_files(
         "max_new_tokens": sizes.max_new_tokens,
     }
     if recipe.exists():
-        if read_json(recipe) != wanted:
-            raise InputError(
-                f"{recipe}: answers of other settings or another target; delete {recipe.parent} and {config.output_dir}"
-            )
+        remedy = f"delete {recipe.parent} and {config.output_dir}"
+        check_recipe(recipe, wanted, otherwise="holds answers of other settings", remedy=remedy)
         return
     for path in (train_file, validation_file):
         if path.exists():
@@ -212,9 +210,7 @@ def answer_files(
         write_answers(parts[path], target, prompts, stops, sizes.max_new_tokens)
     for path, part in parts.items():
         os.replace(part, path)
-    part = recipe.with_name(f"{recipe.name}.partial")
-    part.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, recipe)
+    write_recipe(recipe, wanted)
 
 
 def write_answers(path: Path, target: Decoder, prompts: Prompts, stops: tuple[int, ...], max_new_tokens: int) -> None:

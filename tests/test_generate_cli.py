@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from specjax.data.prompts import chat_prompt
 from specjax.generate import main
 from specjax.weights import load_target
 from tests.model_folders import POSITIONS, STOP_TOKEN, save_draft_for, save_target_with_tokenizer, write_jsonl
+from tests.refusals import refusal
 
 NEW = 12
 TEXTS = ("How many?", "Tom has 3 apples.")
@@ -122,11 +124,7 @@ def test_a_draft_of_another_chat_is_used_with_a_warning(
     assert "weights" not in line
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+refused = partial(refusal, main)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {

@@ -22,6 +22,7 @@ from specjax.weights import load_draft, read_fingerprint
 from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS
 from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.model_folders import LAYERS, save_target_with_tokenizer
+from tests.refusals import refusal
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
 STEPS, TRAIN, HELDOUT, VALIDATION, NEW, NEW_CODE = 2, 9, 4, 6, 8, 3
@@ -159,19 +160,15 @@ def test_the_run_folder_is_itself_a_draft(finished: Path, target: Path, capsys: 
     assert "warning" not in printed.err
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    return capsys.readouterr().err
+refused = partial(refusal, main)
 
 
 @pytest.mark.parametrize(
     ("overrides", "options", "message"),
     [
-        ([], {"train_prompts": TRAIN + 3}, "answers of other settings or another target; delete"),
-        ([], {"heldout_prompts": HELDOUT + 1}, "answers of other settings or another target; delete"),
-        ([], {"max_new_tokens": NEW + 1}, "answers of other settings or another target; delete"),
+        ([], {"train_prompts": TRAIN + 3}, "holds answers of other settings: train_prompts is {'code': 3,"),
+        ([], {"heldout_prompts": HELDOUT + 1}, "holds answers of other settings: heldout_prompts is {'code': 1,"),
+        ([], {"max_new_tokens": NEW + 1}, f"max_new_tokens is {NEW}, now {NEW + 1}; restore these settings, or delete"),
         (
             [f"training.steps={STEPS + 1}"],
             {},
@@ -198,7 +195,7 @@ def test_changed_settings_are_refused(
 
 def test_another_target_is_refused(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_target_with_tokenizer(tmp_path / "target", scale=0.5)
-    assert "another target" in refused(arguments(other, finished), capsys)
+    assert "holds answers of other settings: target is" in refused(arguments(other, finished), capsys)
 
 
 def test_a_draft_that_does_not_fit_is_refused_before_answers_are_written(

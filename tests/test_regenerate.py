@@ -295,12 +295,12 @@ def refused(folder: Path, out: Path, capsys: pytest.CaptureFixture[str], *argume
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": NEW + 1}, "max_new_tokens is 12, this call has 13"),
-        ({"unfinished": "drop"}, "unfinished is 'keep', this call has 'drop'"),
-        ({"limit": 5}, "prompts is 11, this call has 5"),
-        ({"shard_prompts": 4}, "shard_prompts is 3, this call has 4"),
-        ({"dtype": "bfloat16"}, "dtype is 'float32', this call has 'bfloat16'"),
-        ({"chat_template_kwargs": '{"thinking": false}'}, "chat_template_kwargs is {}, this call has {'thinking'"),
+        ({"max_new_tokens": NEW + 1}, "max_new_tokens is 12, now 13"),
+        ({"unfinished": "drop"}, "unfinished is 'keep', now 'drop'"),
+        ({"limit": 5}, "prompts is 11, now 5"),
+        ({"shard_prompts": 4}, "shard_prompts is 3, now 4"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32', now 'bfloat16'"),
+        ({"chat_template_kwargs": '{"thinking": false}'}, "chat_template_kwargs is {}, now {'thinking'"),
     ],
 )
 def test_changed_settings_are_refused_by_name(

@@ -23,6 +23,7 @@ from specjax.reporting.run_folder import read_run
 from specjax.weights import load_run_draft, load_target
 from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.model_folders import MASK_TOKEN, STOP_TOKEN, save_target_with_tokenizer, write_jsonl
+from tests.refusals import refusal
 from tests.reporting.parsed_page import ParsedPage
 from tests.reporting.run_folders import write_run
 from tests.training.tiny import STEPS, edited, raw_run, train, write_rows
@@ -110,13 +111,7 @@ def test_held_out_prompts_for_the_embedded_target(count: int, tmp_path: Path, mo
     assert count == 1 or list(prompts)[-1].startswith("word problems")
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    return error
+refused = partial(refusal, main)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from specjax.config import load_config
 from specjax.data import pipeline
 from specjax.train import main
 from specjax.weights.safetensors_files import SINGLE_FILE
+from tests.refusals import refusal
 from tests.training.tiny import STOP_TOKEN, edited, raw_run, save_tiny_target, write_config, write_rows
 
 Break = Callable[[dict[str, Any]], None]
@@ -42,13 +44,7 @@ def raw(sources: Path, tmp_path: Path) -> dict[str, Any]:
     return raw_run(tmp_path / "target", tmp_path / "data", tmp_path / "run")
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    return error
+refused = partial(refusal, main)
 
 
 def setting(**changes: Any) -> Break:

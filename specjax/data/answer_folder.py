@@ -12,15 +12,13 @@ written beside its place and renamed, after its report: where it stands, both ar
 from __future__ import annotations
 
 import json
-import os
-import reprlib
-import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from specjax.data.dialogues import OUTCOMES, Dialogue
+from specjax.data.recipe_file import check_recipe, write_recipe, write_whole
 from specjax.errors import InputError
 
 RECIPE_FILE = "recipe.json"
@@ -117,12 +115,13 @@ class AnswerFolder:
         recipe_file = path / RECIPE_FILE
         wanted = recipe.to_json()
         if recipe_file.exists():
-            _check_same(recipe_file, wanted)
+            remedy = "name a new folder"
+            check_recipe(recipe_file, wanted, otherwise="holds answers of another recipe", remedy=remedy)
             return
         if others := sorted(path.glob("*.jsonl")):
             raise InputError(f"{others[0]}: is there, but {recipe_file} is not; name a new folder for the answers")
         (path / REPORTS).mkdir(parents=True, exist_ok=True)
-        _write_whole(recipe_file, json.dumps(wanted, indent=2) + "\n")
+        write_recipe(recipe_file, wanted)
 
     def missing(self) -> list[int]:
         """The shards that are not written yet."""
@@ -134,8 +133,8 @@ class AnswerFolder:
             for left_over in path.parent.glob(f"{path.name}.*.partial"):  # of a process that was killed
                 left_over.unlink()
         lines = (json.dumps(record) + "\n" for dialogue in dialogues for record in dialogue.records)
-        _write_whole(self._report(shard), json.dumps(asdict(report), indent=2) + "\n")
-        _write_whole(self._answers(shard), "".join(lines))
+        write_whole(self._report(shard), json.dumps(asdict(report), indent=2) + "\n")
+        write_whole(self._answers(shard), "".join(lines))
 
     def read_report(self, shard: int) -> ShardReport:
         path = self._report(shard)
@@ -152,7 +151,7 @@ class AnswerFolder:
         if self.missing():
             return None
         total = sum((self.read_report(shard).counts for shard in range(len(self.shards))), Counts())
-        _write_whole(self.path / COUNTS_FILE, json.dumps({"prompts": total.prompts, **asdict(total)}, indent=2) + "\n")
+        write_whole(self.path / COUNTS_FILE, json.dumps({"prompts": total.prompts, **asdict(total)}, indent=2) + "\n")
         return total
 
     def _answers(self, shard: int) -> Path:
@@ -160,28 +159,3 @@ class AnswerFolder:
 
     def _report(self, shard: int) -> Path:
         return self.path / REPORTS / f"answers-{shard:05d}.json"
-
-
-def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    try:
-        found = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); name a new folder for the answers") from error
-    differing = [
-        f"{name} is {reprlib.repr(found.get(name))}, this call has {reprlib.repr(value)}"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-    if differing:
-        raise InputError(
-            f"{path}: holds answers of another recipe: {'; '.join(differing)}; restore these settings, or name a new "
-            "folder"
-        )
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Writes a file that appears complete or not at all, whoever else is writing it."""
-    # Processes on several hosts may have the same id.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

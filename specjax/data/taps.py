@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from specjax.data.recipe_file import check_recipe, write_recipe
 from specjax.errors import InputError
 
 CACHE_FILE = "cache.json"
 FORMAT_VERSION = 3
+OTHERWISE, REMEDY = "was captured for another run", "capture into another folder"
 
 
 @dataclass(frozen=True)
@@ -64,33 +66,13 @@ def start_cache(folder: Path, recipe: TapRecipe, data: str, shards: int) -> list
     path = folder / CACHE_FILE
     wanted = recipe.to_json() | {"data": data, "shards": shards}
     if path.exists():
-        _check_same(path, wanted)
+        check_recipe(path, wanted, otherwise=OTHERWISE, remedy=REMEDY)
         for left_over in folder.glob("taps-*.safetensors.*.partial"):  # of a capture that was killed
             left_over.unlink()
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_recipe(path, wanted)
     return [shard for shard in range(shards) if not shard_path(folder, shard).exists()]
-
-
-def _check_same(path: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: not a JSON object ({error}); delete the folder and capture again") from error
-    differing = [
-        f"{name} is {found.get(name)}, the run has {value}"
-        for name, value in wanted.items()
-        if found.get(name) != value
-    ]
-    if differing:
-        raise InputError(
-            f"{path}: was captured for another run: {'; '.join(differing)}; restore these settings, or capture into "
-            "another folder"
-        )
-    return found
 
 
 def write_shard(
@@ -126,7 +108,7 @@ class TapCache:
         path = self.folder / CACHE_FILE
         if not path.exists():
             raise InputError(f"data.taps {self.folder}: no {CACHE_FILE}; write it with python -m specjax.capture")
-        found = _check_same(path, recipe.to_json())
+        found = check_recipe(path, recipe.to_json(), otherwise=OTHERWISE, remedy=REMEDY)
         self._where = np.full((recipe.examples, 5), -1, np.int64)  # shard, first, stop, tokens_crc, states_crc
         self._files: list[Any] = []
         for shard in range(found["shards"]):

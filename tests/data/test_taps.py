@@ -41,11 +41,11 @@ def test_every_example_comes_back_as_it_was(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"target": "other"}, "target is abc, the run has other"),
-        ({"target_layer_ids": (1, 2)}, r"target_layer_ids is \[1, 3\], the run has \[1, 2\]"),
-        ({"dtype": "float32"}, "dtype is bfloat16, the run has float32"),
-        ({"examples": 4}, "examples is 3, the run has 4"),
-        ({"max_length": 5}, "max_length is 6, the run has 5"),
+        ({"target": "other"}, "target is 'abc', now 'other'"),
+        ({"target_layer_ids": (1, 2)}, r"target_layer_ids is \[1, 3\], now \[1, 2\]"),
+        ({"dtype": "float32"}, "dtype is 'bfloat16', now 'float32'"),
+        ({"examples": 4}, "examples is 3, now 4"),
+        ({"max_length": 5}, "max_length is 6, now 5"),
     ],
 )
 def test_a_cache_of_something_else_is_refused(folder, change, message):
@@ -57,7 +57,7 @@ def test_a_cache_of_something_else_is_refused(folder, change, message):
 
 
 def test_a_cache_of_other_tokens_or_another_version_is_not_continued(folder):
-    with pytest.raises(InputError, match="data is data, the run has changed; restore these settings, or capture into"):
+    with pytest.raises(InputError, match="data is 'data', now 'changed'; restore these settings, or capture into"):
         start_cache(folder, RECIPE, "changed", 2)
     (folder / "taps-00000.safetensors.7.partial").touch()
     (folder / "mine.partial").touch()
@@ -65,7 +65,7 @@ def test_a_cache_of_other_tokens_or_another_version_is_not_continued(folder):
     assert [path.name for path in folder.glob("*.partial")] == ["mine.partial"]
     index = folder / "cache.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 1}))
-    with pytest.raises(InputError, match="format_version is 1, the run has 3"):
+    with pytest.raises(InputError, match="format_version is 1, now 3"):
         TapCache(folder, RECIPE)
 
 
@@ -118,5 +118,5 @@ def test_incomplete_caches_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match="some examples have no taps"):
         TapCache(folder, RECIPE)
     index.write_text("")
-    with pytest.raises(InputError, match=r"cache.json: not a JSON object .*; delete the folder and capture again"):
+    with pytest.raises(InputError, match=r"cache.json: not a JSON object .*; capture into another folder"):
         TapCache(folder, RECIPE)

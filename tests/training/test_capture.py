@@ -100,8 +100,8 @@ def test_mistakes_exit_with_2_and_say_what_to_do(
 
     taps = captured(raw, tmp_path / "taps")
     other = edited(raw, {"draft.target_layer_ids": [1, 2]})
-    assert "target_layer_ids is [2, 0], the run has [1, 2]; restore these settings" in error_of(captured, other, taps)
-    assert "target_layer_ids is [2, 0], the run has [1, 2]" in error_of(train, edited(other, {"data.taps": str(taps)}))
+    assert "target_layer_ids is [2, 0], now [1, 2]; restore these settings" in error_of(captured, other, taps)
+    assert "target_layer_ids is [2, 0], now [1, 2]" in error_of(train, edited(other, {"data.taps": str(taps)}))
     params = edited(raw, {"target.path": str(other_target), "data.taps": str(taps)})
     assert "was captured for another run: target is" in error_of(train, params)
     other_config = shutil.copytree(target_folder, tmp_path / "other config")

@@ -76,11 +76,11 @@ def test_a_record_of_any_weight_is_captured_once_and_trains_as_online(
     for tag in ("train/loss", "train/grad_norm"):
         np.testing.assert_allclose(list(ours[tag].values()), list(theirs[tag].values()), rtol=1e-5)
     for change, difference in (
-        ({"data.reasoning": "hide"}, "reasoning is keep, the run has hide"),
-        ({"data.validation": None, "data.validation_fraction": 0.2}, "validation_fraction is None, the run has 0.2"),
+        ({"data.reasoning": "hide"}, "reasoning is 'keep', now 'hide'"),
+        ({"data.validation": None, "data.validation_fraction": 0.2}, "validation_fraction is None, now 0.2"),
         (
             {"data.train": [raw["data"]["train"][0], {"path": str(more), "weight": 0.5}]},
-            "examples is 28, the run has 24",
+            "examples is 28, now 24",
         ),
     ):
         stale = edited(offline, change | {"output_dir": str(tmp_path / "stale")})

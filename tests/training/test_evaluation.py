@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from specjax import generate, load_target
@@ -19,10 +20,15 @@ from specjax.decoding.generate import Generation
 from specjax.models.precision import matmul_precision
 from specjax.training.evaluation import Answers
 from specjax.weights import load_run_draft
+from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS, SCORE
 from tests.training.tiny import STEPS, STOP_TOKEN, edited, scalars, train
 
 
-def test_a_run_measures_real_decoding_on_held_out_prompts(raw: dict[str, Any], target_folder: Path) -> None:
+def test_a_run_measures_real_decoding_on_held_out_prompts(
+    raw: dict[str, Any], target_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Answers.__call__
+    monkeypatch.setattr(Answers, "__call__", lambda *arguments: measure(*arguments)._replace(score=7.5))
     rows = Path(raw["data"]["validation"][0]).read_text().splitlines()
     run = train(edited(raw, {"evaluation.prompts": len(rows), "evaluation.max_new_tokens": 9}))
     with matmul_precision(jnp.float32):
@@ -35,6 +41,9 @@ def test_a_run_measures_real_decoding_on_held_out_prompts(raw: dict[str, Any], t
     )
     assert measured["eval/repeated_4grams"][STEPS] == pytest.approx(repeated_ngrams(expected.tokens))
     assert list(measured["eval/decode_tokens_per_s"]) == [STEPS]  # the evaluation before it compiled
+    with ocp.training.Checkpointer((run / RUN_CHECKPOINTS).absolute()) as checkpointer:
+        scores = {c.step: c.metrics[SCORE] for c in checkpointer.checkpoints if c.metrics}
+    assert scores[STEPS] == 7.5  # by what decoding gave, and nothing teacher-forced, the best is chosen
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     (text,) = events.Tensors("eval/sample")[-1].tensor_proto.string_val
     assert any(" ".join(map(str, prompt)) in text.decode() for prompt in prompts)
