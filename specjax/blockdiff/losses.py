@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from specjax.blockdiff.chunks import sum_over_chunks
 from specjax.blockdiff.terms import (
     Law,
     check_objective,
@@ -72,9 +73,9 @@ def block_loss(
     """The objective's sum over the supervised slots, and the counts that metrics need.
 
     Logits (float32) of the draft, and of the teacher where there is one, exist for `chunk_blocks` blocks of every row
-    at a time and are computed again in the backward pass, which holds two to three arrays (with a teacher five to
-    six) of 4 * b * chunk_blocks * (B - 1) * v bytes over all devices. Slot 0 is never supervised, whatever the mask
-    says. Differentiable in hidden and head; the teacher is a constant.
+    at a time, and only once: their gradient is taken beside them. That holds two to three arrays (with a teacher five
+    to six) of 4 * b * chunk_blocks * (B - 1) * v bytes over all devices. Slot 0 is never supervised, whatever the mask
+    says. Differentiable in hidden and head, by `loss_sum` alone; the teacher is a constant.
 
     Rows keep the sharding of `hidden_bNBd` and the vocabulary that of `head_dv`, whose d axis is gathered once. Call
     it under `jax.set_mesh`.
@@ -101,31 +102,31 @@ def block_loss(
     rows, vocabulary = jax.typeof(hidden_bNBd).sharding.spec[0], jax.typeof(head_dv).sharding.spec[1]
     head_dv = jax.reshard(head_dv, P(None, vocabulary))
 
-    def law(hidden: jax.Array) -> Law:
-        return Law.of(
-            jnp.einsum(
-                "bNBd,dv->bNBv",
-                hidden,
-                head_dv,
-                preferred_element_type=jnp.result_type(hidden, head_dv, jnp.float32),  # bf16 inputs, float32 logits
-                out_sharding=P(rows, None, None, vocabulary),
-            )
-        )
+    logits_spec = P(rows, None, None, vocabulary)
 
-    def chunk_loss(chunk: tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]) -> BlockLoss:
-        hidden, labels, mask, anchors = chunk
+    def law(hidden: jax.Array, head: jax.Array) -> Law:
+        dtype = jnp.result_type(hidden, head, jnp.float32)  # bf16 inputs, float32 logits
+        logits = jnp.einsum("bNBd,dv->bNBv", hidden, head, preferred_element_type=dtype, out_sharding=logits_spec)
+        return Law.of(logits)
+
+    def chunk_loss(
+        hidden: jax.Array, head: jax.Array, own: tuple[jax.Array, ...], final: jax.Array | None
+    ) -> tuple[jax.Array, BlockLoss]:
+        labels, mask, anchors = own
         taught = None
-        if teacher is not None:
-            assert anchors is not None
-            final = jax.reshard(jax.lax.stop_gradient(teacher.hidden_btd), P(rows))
-            taught = law(_label_rows(final, jax.reshard(anchors, P(rows)), labels.shape[2]))
+        if final is not None:
+            taught = law(_label_rows(final, anchors, labels.shape[2]), head)
             taught = jax.tree.map(jax.lax.stop_gradient, taught)
-        return _row_sums(law(hidden), labels, mask, objective, weigh, taught)
+        sums = _row_sums(law(hidden, head), labels, mask, objective, weigh, taught)
+        return sums.loss_sum, sums
 
-    slots = tuple(_split(x[:, :, 1:], chunk_blocks) for x in (hidden_bNBd, labels_bNB, mask_bNB))
-    chunks = (*slots, None if teacher is None else _split(teacher.anchors_bN, chunk_blocks))
-    per_row = jax.lax.map(jax.checkpoint(chunk_loss, prevent_cse=False), chunks)
-    return jax.tree.map(lambda x: x.sum((0, 1)), per_row)
+    hidden, labels, mask = (_split(x[:, :, 1:], chunk_blocks) for x in (hidden_bNBd, labels_bNB, mask_bNB))
+    anchors = final = None
+    if teacher is not None:
+        anchors = _split(jax.reshard(teacher.anchors_bN, P(rows)), chunk_blocks)
+        final = jax.reshard(teacher.hidden_btd, P(rows))
+    loss_sum, sums = sum_over_chunks(chunk_loss, hidden, head_dv, (labels, mask, anchors), final)
+    return replace(sums, loss_sum=loss_sum)
 
 
 def _weigher(

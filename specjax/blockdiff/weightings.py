@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 WEIGHTINGS = ("exp", "uniform", "dpace")
 DEFAULT_ALPHA = 0.5
@@ -14,25 +15,25 @@ SlotWeights = Callable[[jax.Array, jax.Array], jax.Array]
 """(label probability, mask) [b, N, B - 1], slots 1.. -> weights, 0 where unsupervised."""
 
 
-def position_weights(weighting: str, block_size: int, gamma: float | None = None) -> jax.Array:
-    """Weights [B] of a fixed schedule; slot 0 has none.
+def position_weights(weighting: str, block_size: int, gamma: float | None = None) -> np.ndarray:
+    """Weights [B], float32, of a fixed schedule; slot 0 has none.
 
     exp: exp(-(k - 1) / gamma) for slot k. uniform: 1.
 
     Raises:
         ValueError: not a fixed schedule, no gamma or one not above 0, or gamma given to a weighting that ignores it.
     """
-    slots = jnp.arange(block_size, dtype=jnp.float32)
+    slots = np.arange(block_size, dtype=np.float32)
     if weighting == "uniform":
         _refuse("gamma", gamma, weighting)
-        weights = jnp.ones_like(slots)
+        weights = np.ones_like(slots)
     elif weighting == "exp":
         if gamma is None or gamma <= 0:
             raise ValueError(f"gamma is {gamma}: give a number above 0")
-        weights = jnp.exp(-(slots - 1) / gamma)
+        weights = np.exp(-(slots - 1) / gamma)
     else:
         raise ValueError(f"weighting {weighting!r} is no fixed schedule: use 'exp' or 'uniform'")
-    return jnp.where(slots == 0, 0.0, weights)
+    return np.where(slots == 0, np.float32(0), weights)
 
 
 def dpace_weights(label_probability: jax.Array, mask: jax.Array, alpha: float = DEFAULT_ALPHA) -> jax.Array:

@@ -173,6 +173,31 @@ def test_logits_of_all_blocks_never_exist(of_head: bool):
     assert memory.temp_size_in_bytes < 3 * chunk_logits + 2 * of_head * 4 * d * v + 2**20
 
 
+@pytest.mark.parametrize(("of_head", "products"), [(False, 2), (True, 3)])
+def test_logits_are_computed_once(of_head: bool, products: int):
+    """The compiler counts one product with the head for the value and one for each gradient that is asked for."""
+    shapes = ((2, 8, 8, 64), jnp.float32), ((64, 2048), jnp.float32), ((2, 8, 8), jnp.int32), ((2, 8, 8), jnp.bool)
+    arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+
+    def loss_sum(*arguments: jax.Array) -> jax.Array:
+        return block_loss(*arguments, weighting="uniform", chunk_blocks=8).loss_sum
+
+    gradient = jax.jit(jax.value_and_grad(loss_sum, (0, 1) if of_head else 0)).lower(*arguments).compile()
+    product = 2 * 64 * 2048 * 2 * 8 * 7
+    assert gradient.cost_analysis()["flops"] == pytest.approx(products * product, rel=0.25)
+
+
+def test_gradients_are_those_of_a_scaled_loss(inputs: tuple[np.ndarray, ...]):
+    hidden, head, labels, mask = (jnp.asarray(x) for x in inputs)
+
+    def loss_sum(hidden: jax.Array, head: jax.Array, scale: float) -> jax.Array:
+        return scale * block_loss(hidden, head, labels, mask, weighting="uniform", chunk_blocks=2).loss_sum
+
+    gradients = jax.jit(jax.grad(loss_sum, (0, 1)))
+    for once, scaled in zip(gradients(hidden, head, 1.0), gradients(hidden, head, -3.0), strict=True):
+        np.testing.assert_allclose(scaled, -3 * once, rtol=1e-5, atol=1e-5)
+
+
 def test_position_weights():
     np.testing.assert_allclose(position_weights("exp", 4, 2.0), [0, 1, np.exp(-0.5), np.exp(-1.0)], rtol=1e-6)
     np.testing.assert_array_equal(position_weights("uniform", 4), [0, 1, 1, 1])
