@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from specjax.models.sharding import SPECS, axis_size
+from specjax.models.tiled_attention import MASKED_SCORE, Part, Tiling, tiled_attention, visited_pairs
 
-MASKED_SCORE = -1e30  # finite, so that a row without any visible key yields numbers and not NaN
 DEFAULT_QUERY_CHUNK = 1024
+MAX_KEY_TILE = 512
 
 
 @jax.tree_util.register_dataclass
@@ -53,9 +54,11 @@ def attention(
 ) -> jax.Array:
     """Softmax attention of queries [b, N, q, n, h] over all `segments` together; returns [b, N, q, n, h].
 
-    Scores and softmax are float32. Blocks are processed in chunks of about `query_chunk` queries and recomputed in
-    the backward pass, so memory is bounded by one chunk's scores. Rows are split over the batch axes and heads over
-    `tensor`; with fewer key/value heads than tensor shards every shard holds them all and picks its own.
+    Scores and softmax are float32. More than `query_chunk` queries are taken a chunk at a time, each over a tile of
+    shared keys at a time (see `tiling`), from the first to the last key that one of the chunk's queries sees in any
+    row: scores of one chunk and one tile exist at once, and keys outside are never read. Blocks' own keys are taken
+    all at once. Rows are split over the batch axes and heads over `tensor`; with fewer key/value heads than tensor
+    shards every shard holds them all and picks its own.
     """
     num_kv_heads = segments[0].keys.shape[-3]
     split_kv = num_kv_heads % axis_size("tensor") == 0
@@ -72,7 +75,7 @@ def attention(
         if not split_kv:
             heads = jax.lax.axis_index("tensor") * queries.shape[3] + jnp.arange(queries.shape[3])
             segments = tuple(_pick_heads(segment, heads // groups) for segment in segments)
-        return _chunked_attention(queries, segments, scale, query_chunk)
+        return _attention(queries, segments, scale, query_chunk)
 
     in_specs: tuple[P, tuple[KeySegment, ...]] = (SPECS.queries_bNqnh, tuple(specs(segment) for segment in segments))
     # Reshapes of a single row lose the batch axes from the type; resharding restores them and moves nothing.
@@ -86,70 +89,64 @@ def _pick_heads(segment: KeySegment, heads: jax.Array) -> KeySegment:
     return KeySegment(keys, values, segment.start, segment.stop)
 
 
-def _chunked_attention(
-    queries: jax.Array, segments: tuple[KeySegment, ...], scale: float, query_chunk: int
-) -> jax.Array:
+def _attention(queries: jax.Array, segments: Sequence[KeySegment], scale: float, query_chunk: int) -> jax.Array:
     b, blocks, q, n, h = queries.shape
+    kv = segments[0].keys.shape[-3]
+    # Query-major, so that a block's queries of one key/value head are neighbours in either view.
+    grouped = queries.reshape(b, blocks, q, kv, n // kv, h).transpose(0, 3, 1, 2, 4, 5)
     if blocks * q <= query_chunk:
-        return _attend(queries, segments, scale)
-    if blocks == 1 and not any(segment.own for segment in segments):
-        length = min(query_chunk, q)
-        chunks = -(-q // length)
-        split = lambda x: _pad(x, 2, chunks * length).reshape(b, chunks, length, *x.shape[3:])  # noqa: E731
-        segments = tuple(KeySegment(s.keys, s.values, split(s.start), split(s.stop)) for s in segments)
-        return _scan_blocks(split(queries), segments, scale, 1).reshape(b, 1, chunks * length, n, h)[:, :, :q]
-    return _scan_blocks(queries, segments, scale, max(1, query_chunk // q))
+        out, _ = _attend(grouped, segments, scale)
+    else:
+        parts = [_attend_tiled(grouped, segment, scale, query_chunk) for segment in segments if not segment.own]
+        if own := [segment for segment in segments if segment.own]:
+            parts.append(_attend(grouped, own, scale))
+        out = _merged(parts)
+    return out.transpose(0, 2, 3, 1, 4, 5).reshape(queries.shape).astype(queries.dtype)
 
 
-def _scan_blocks(queries: jax.Array, segments: tuple[KeySegment, ...], scale: float, size: int) -> jax.Array:
-    """Attention, `size` blocks at a time: the block axis becomes [chunks, size] and is mapped over."""
-    b, blocks = queries.shape[:2]
-    chunks = -(-blocks // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(_pad(x, 1, chunks * size).reshape(b, chunks, size, *x.shape[2:]), 1, 0)
-
-    def body(xs: tuple[jax.Array, list[tuple[jax.Array, ...]]]) -> jax.Array:
-        chunk_queries, chunk_segments = xs
-        joined = [
-            KeySegment(*chunk) if segment.own else KeySegment(segment.keys, segment.values, *chunk)
-            for segment, chunk in zip(segments, chunk_segments, strict=True)
-        ]
-        return _attend(chunk_queries, joined, scale)
-
-    per_chunk = [
-        tuple(split(x) for x in ((s.keys, s.values, s.start, s.stop) if s.own else (s.start, s.stop))) for s in segments
-    ]
-    out = jax.lax.map(jax.checkpoint(body), (split(queries), per_chunk))
-    return jnp.moveaxis(out, 0, 1).reshape(b, chunks * size, *queries.shape[2:])[:, :blocks]
+def scored_pairs(start_bq: jax.Array, stop_bq: jax.Array, keys: int, query_chunk: int) -> int:
+    """How many pairs of a query and one of `keys` shared keys `attention` gives a score."""
+    if start_bq.shape[1] <= query_chunk:
+        return start_bq.size * keys
+    return int(visited_pairs(start_bq, stop_bq, keys, tiling(query_chunk, keys)))
 
 
-def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths)
+def tiling(query_chunk: int, keys: int) -> Tiling:
+    """Tiles are as long as chunks, so that both follow the visible range equally well, up to `MAX_KEY_TILE` keys."""
+    return Tiling(query_chunk, min(query_chunk, keys, MAX_KEY_TILE))
 
 
-def _attend(queries: jax.Array, segments: Sequence[KeySegment], scale: float) -> jax.Array:
-    """One softmax over the keys of all segments.
+def _merged(parts: Sequence[Part]) -> jax.Array:
+    """One softmax over the keys of all parts."""
+    total = reduce(jnp.logaddexp, [log_total for _, log_total in parts])
+    return reduce(jnp.add, [jnp.exp(log_total - total)[..., None] * out for out, log_total in parts])
 
-    Scores live as [b, k, keys, N, r], r = g * q being a block's queries of one key/value head. Keys come first because
+
+def _attend_tiled(grouped: jax.Array, segment: KeySegment, scale: float, query_chunk: int) -> Part:
+    b, k, blocks, q, g, h = grouped.shape
+    start, stop = (x.reshape(b, blocks * q) for x in (segment.start, segment.stop))
+    rows = grouped.reshape(b, k, blocks * q, g, h)
+    tiles = tiling(query_chunk, segment.keys.shape[2])
+    out, log_total = tiled_attention(rows, segment.keys, segment.values, start, stop, scale, tiles)
+    return out.reshape(grouped.shape), log_total.reshape(grouped.shape[:-1])
+
+
+def _attend(grouped: jax.Array, segments: Sequence[KeySegment], scale: float) -> Part:
+    """One softmax over the keys of all segments, whose scores exist at once.
+
+    Scores live as [b, k, keys, N, r], r = q * g being a block's queries of one key/value head. Keys come first because
     they are the left operand of the product as they lie in the cache; as the right one XLA transposes all of them
     on CPU, every step.
     """
-    b, blocks, q, n, h = queries.shape
-    kv = segments[0].keys.shape[-3]
-    grouped = queries.reshape(b, blocks, q, kv, n // kv, h).transpose(0, 3, 1, 4, 2, 5)
-    grouped = grouped.reshape(b, kv, blocks, n // kv * q, h)
-    scores = [
-        jnp.where(_visible(segment, n // kv), _scores(grouped, segment) * scale, MASKED_SCORE) for segment in segments
-    ]
+    b, k, blocks, q, g, h = grouped.shape
+    rows = grouped.reshape(b, k, blocks, q * g, h)
+    scores = [jnp.where(_visible(segment, g), _scores(rows, segment) * scale, MASKED_SCORE) for segment in segments]
     peak = jax.lax.stop_gradient(reduce(jnp.maximum, [s.max(2, keepdims=True) for s in scores]))
     weights = [jnp.exp(s - peak) for s in scores]
     total = reduce(jnp.add, [w.sum(2) for w in weights])
     out = reduce(jnp.add, [_combine(w, segment) for w, segment in zip(weights, segments, strict=True)])
-    out = (out / total[..., None]).reshape(b, kv, blocks, n // kv, q, h)
-    return out.transpose(0, 2, 4, 1, 3, 5).reshape(b, blocks, q, n, h).astype(queries.dtype)
+    log_total = peak[:, :, 0] + jnp.log(total)
+    return (out / total[..., None]).reshape(grouped.shape), log_total.reshape(grouped.shape[:-1])
 
 
 def _scores(grouped: jax.Array, segment: KeySegment) -> jax.Array:
@@ -167,7 +164,7 @@ def _combine(weights: jax.Array, segment: KeySegment) -> jax.Array:
 
 
 def _visible(segment: KeySegment, groups: int) -> jax.Array:
-    """[b, 1, keys, N, r], the queries repeated for every group."""
+    """[b, 1, keys, N, r], every query repeated for its group."""
     index = jnp.arange(segment.keys.shape[-2])[:, None, None]
-    start, stop = (jnp.tile(x, (1, 1, groups))[:, None, None] for x in (segment.start, segment.stop))
+    start, stop = (jnp.repeat(x, groups, axis=2)[:, None, None] for x in (segment.start, segment.stop))
     return (start <= index) & (index < stop)

@@ -21,7 +21,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import BATCH
 from specjax.training import flops
-from specjax.training.breakdown import measure_parts
+from specjax.training.breakdown import context_scores, measure_parts
 from specjax.training.loop import to_device
 from specjax.training.objectives import BlockDiffusionLoss
 from specjax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -112,6 +112,7 @@ def benchmark_training(config: RunConfig, settings: Settings, progress: Progress
         report["device_memory"] = jax.local_devices()[0].memory_stats()
         progress("timing its parts")
         assert isinstance(task.loss, BlockDiffusionLoss)
+        report["context_scores"] = context_scores(task.loss, trainer.state.model, batch)
         runs = settings.steps, settings.warmup
         report["parts_s"] = measure_parts(config, task.loss, trainer.state, target, batch, *runs)
         report["parts_sum_s"] = sum(report["parts_s"].values())

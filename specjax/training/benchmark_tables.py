@@ -37,6 +37,8 @@ def _step_rows(report: Mapping[str, Any]) -> list[Row]:
     ]
     if report["mfu"] is not None:
         rows.append(("MFU", f"{report['mfu']:.3f} of {report['peak_flops'] / 1e12:.0f} TFLOP/s"))
+    scores = report["context_scores"]
+    rows.append(("context scores", f"{scores['scored']:.0%} of slots x keys computed, {scores['visible']:.0%} visible"))
     rows.append(("FLOPs a step", f"{report['flops_per_step']:.3e} = {report['flops_formula']}"))
     if "memory_peak_bytes" in report:
         arguments, temporaries, peak = (

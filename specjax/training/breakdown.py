@@ -16,7 +16,7 @@ from specjax.blockdiff.losses import Teacher
 from specjax.blockdiff.masks import context_ranges
 from specjax.blockdiff.terms import needs_teacher
 from specjax.config import RunConfig
-from specjax.models.attention import KeySegment, attention
+from specjax.models.attention import KeySegment, attention, scored_pairs
 from specjax.models.decoder import Decoder, DecoderLayer
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import SPECS
@@ -49,6 +49,20 @@ def measure_parts(
         times[name] = config.training.accumulation_steps * _median(part, steps, warmup)
     times["optimizer"] = _median(_optimizer(config, state), steps, warmup)
     return times
+
+
+def context_scores(loss: BlockDiffusionLoss, draft: DFlashDraft, batch: Batch) -> dict[str, float]:
+    """Shares of the pairs of a slot and a context key in a micro-batch: visible, and given a score by the attention."""
+    documents, anchors = batch["document_ids"][0], batch["anchors"][0]
+    start, stop = context_ranges(documents, anchors)
+    (b, blocks), keys, size = anchors.shape, documents.shape[1], draft.config.block_size
+    every_pair = b * blocks * size * keys * len(draft.layers)
+    visible = scored = 0
+    for kind in draft.config.layer_types:
+        first, last = (x.reshape(b, -1) for x in draft.visible(kind, start, stop, size)[:2])
+        visible += int(jnp.maximum(last - first, 0).sum())
+        scored += scored_pairs(first, last, keys, loss.query_chunk)
+    return {"visible": visible / every_pair, "scored": scored / every_pair}
 
 
 def _median(part: Part, steps: int, warmup: int) -> float:

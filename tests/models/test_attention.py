@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from specjax.models.attention import KeySegment, attention
+from specjax.models.attention import KeySegment, attention, scored_pairs
 from specjax.models.sharding import SPECS, axis_size, make_mesh, put
 
 SCALE = 0.3
@@ -144,6 +144,73 @@ def test_a_row_that_sees_nothing_is_finite_forward_and_backward() -> None:
     everywhere = put(np.ones((ROWS, BLOCKS, QUERIES, 1, 1), bool), SPECS.shared_own_keys_bNkjh)
     out, gradients = output_and_gradients(queries, segments, everywhere, 1024)
     assert all(np.isfinite(x).all() for x in (out, *gradients))
+
+
+def test_keys_that_no_query_of_a_chunk_sees_are_never_read() -> None:
+    """A chunk of six queries reads tiles of six keys: all others may hold NaN, forward and backward."""
+    rng = np.random.default_rng(4)
+    queries = rng.standard_normal((ROWS, 4, QUERIES, 2, HEAD_DIM)).astype(np.float32)
+    keys, values = rng.standard_normal((2, ROWS, 1, 40, HEAD_DIM)).astype(np.float32)
+    start, stop = np.zeros((2, ROWS, 4, QUERIES), np.int32)
+    start[0, :2], stop[0, :2] = [[7, 8, 9]], [[10, 11, 12]]  # the first chunk: tile 1 in both rows, of which it sees
+    start[1, :2], stop[1, :2] = 6, [[9], [11]]  # a part
+    start[0, 2:], stop[0, 2:] = 25, 30  # the second chunk: tile 4, and nothing in the other row
+    start[1, 2:], stop[1, 2:] = 40, 3
+    unread = np.ones(40, bool)
+    unread[6:12] = unread[24:30] = False
+
+    def run(keys: np.ndarray, values: np.ndarray) -> tuple[jax.Array, ...]:
+        def total(queries: jax.Array, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+            out = attention(queries, [KeySegment(keys, values, *ranges)], scale=SCALE, query_chunk=6)
+            return jnp.sin(out).sum(), out
+
+        ranges = put(start, SPECS.act_bNB), put(stop, SPECS.act_bNB)
+        arrays = [put(queries, SPECS.queries_bNqnh), put(keys, SPECS.keys_bksh), put(values, SPECS.keys_bksh)]
+        gradients, out = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(*arrays)
+        return out, *gradients
+
+    hidden = unread[:, None]
+    expected = run(keys, values)
+    for ours, theirs in zip(run(*(np.where(hidden, np.nan, x) for x in (keys, values))), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for gradient in expected[2:]:
+        assert not np.asarray(gradient)[:, :, unread].any()
+        assert np.asarray(gradient)[:, :, 6:12].any()
+    assert not np.asarray(expected[0])[1, 2:].any()  # queries that see nothing
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scored_pairs_are_those_of_the_tiles_from_the_first_to_the_last_visible_key(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    start, stop = np.sort(rng.integers(-3, 45, (2, ROWS, 20)), axis=0).astype(np.int32)
+    stop[:, 12:18] = start[:, 12:18]  # a chunk that sees nothing
+    expected = 0
+    for first in range(0, 20, 6):
+        seen = [
+            key
+            for row in range(ROWS)
+            for query in range(first, min(first + 6, 20))
+            for key in range(40)
+            if start[row, query] <= key < stop[row, query]
+        ]
+        tiles = max(seen) // 6 - min(seen) // 6 + 1 if seen else 0
+        expected += tiles * 6 * 6 * ROWS
+    assert scored_pairs(jnp.asarray(start), jnp.asarray(stop), 40, query_chunk=6) == expected
+    assert scored_pairs(jnp.asarray(start), jnp.asarray(stop), 40, query_chunk=20) == ROWS * 20 * 40
+
+
+def test_bfloat16_rounds_weights_and_not_scores_or_sums() -> None:
+    """bf16 inputs leave the size of one bf16 rounding against float64, also over many tiles."""
+    case = random_case(5)
+    rounded = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x, case)
+    exact = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == jnp.bfloat16 else x, rounded)
+    expected, _, seen = reference(exact)
+    for chunk in (1024, 6):
+        out, gradients = output_and_gradients(*on_mesh(rounded), put(seen.numpy(), SPECS.shared_own_keys_bNkjh), chunk)
+        assert out.dtype == gradients[0].dtype == jnp.bfloat16
+        np.testing.assert_allclose(
+            np.where(seen, out.astype(jnp.float32), 0), np.where(seen, expected, 0), rtol=0, atol=2e-2
+        )
 
 
 def test_the_scores_of_all_blocks_never_exist() -> None:
