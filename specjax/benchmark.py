@@ -1,4 +1,4 @@
-"""Measures training, decoding or loading: `python -m specjax.benchmark train|decode|load ...`."""
+"""Measures training, its memory, decoding or loading: `python -m specjax.benchmark train|memory|decode|load ...`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load.add_argument("--runs", type=int, default=3)
     load.add_argument("--json", type=Path, help="also write the report here")
     _add_train(commands)
+    _add_memory(commands)
     args = parser.parse_args(argv)
     for name, least in (("runs", 1), ("limit", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0)):
         if getattr(args, name, None) is not None and getattr(args, name) < least:
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--json {args.json} is a folder; give a file")
     if args.command == "decode" and args.compare_hf and args.batch_size != 1:
         raise InputError(f"--compare-hf decodes one prompt at a time; --batch-size is {args.batch_size}, leave it 1")
-    report = {"train": _train, "decode": _decode, "load": _load}[args.command](args)
+    report = {"train": _train, "memory": _memory, "decode": _decode, "load": _load}[args.command](args)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
@@ -68,6 +69,44 @@ def _add_train(commands: Any) -> None:
         "--compare", choices=["torch"], help="also time PyTorch's step, both on captured states (loss.objective ce)"
     )
     train.add_argument("--json", type=Path, help="also write the report here")
+
+
+def _add_memory(commands: Any) -> None:
+    memory = commands.add_parser("memory", help="memory of a run config's train step by the compiler; nothing runs")
+    memory.add_argument("config", help="YAML run config; of its target only config.json is read, of its data nothing")
+    memory.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
+    memory.add_argument(
+        "--vary", action="append", default=[], metavar="section.key=V,V", help="a row for each value; may be repeated"
+    )
+    memory.add_argument("--vocab-size", type=int, nargs="+", default=[], help="a row for each vocabulary of the target")
+    memory.add_argument("--topology", help="compile for a TPU slice that need not be here, such as v5e:4x4")
+    memory.add_argument("--json", type=Path, help="also write the report here")
+
+
+def _memory(args: argparse.Namespace) -> dict[str, Any]:
+    from specjax.config import load_config
+
+    variants: list[tuple[str, list[str], int | None]] = [("as configured", [], None)]
+    for setting in args.vary:
+        name, _, values = setting.partition("=")
+        if not name or not values:
+            raise InputError(f"--vary {setting}: give section.key=value,value")
+        variants += [(f"{name}={value}", [f"{name}={value}"], None) for value in values.split(",")]
+    variants += [(f"vocabulary of {size}", [], size) for size in args.vocab_size]
+    configs = [load_config(args.config, [*args.overrides, *changes]) for _, changes, _ in variants]
+    from specjax.training.benchmark import Settings, check_measurable
+    from specjax.training.memory import MIB, step_memory, topology_devices
+
+    check_measurable(configs[0], Settings())
+    devices = None if args.topology is None else topology_devices(args.topology)
+    report, rows = {}, []
+    with Console(stderr=True).status("compiling") as status:
+        for (name, _, vocab_size), config in zip(variants, configs, strict=True):
+            status.update(f"compiling: {name}")
+            report[name] = step_memory(config, vocab_size=vocab_size, devices=devices)
+            rows.append((name, *(f"{size / MIB:,.1f}" for size in report[name].values())))
+    print_table("memory of a train step, MiB a device", ["arguments", "temporaries", "peak"], rows)
+    return report
 
 
 def _train(args: argparse.Namespace) -> dict[str, Any]:

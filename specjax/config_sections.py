@@ -144,7 +144,11 @@ class LossConfig(Section):
     gamma: float | None = Field(None, gt=0, description="exp only; null: 7, 5, 4 for block size 16, 10, 8")
     alpha: float | None = Field(None, ge=0, le=1, description="dpace only; null: 0.5")
     cumulative_mask: bool = Field(True, description="stop a block's supervision at its first unsupervised token")
-    chunk_blocks: int = Field(32, ge=1, description="blocks a row whose logits exist at a time")
+    chunk_blocks: int | None = Field(
+        None,
+        ge=1,
+        description="blocks a row whose logits exist at a time; null: as many as one array of 256 MiB a device holds",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -236,7 +240,9 @@ class TrainingConfig(Section):
     steps: int | None = Field(None, ge=1, description="optimizer updates, instead of epochs")
     batch_size: int = Field(8, ge=1, description="rows a step, over all devices and micro-batches")
     accumulation_steps: int = Field(1, ge=1, description="micro-batches a step")
-    attention_chunk: int = Field(1024, ge=1, description="queries whose attention scores exist at a time")
+    attention_chunk: int = Field(
+        1024, ge=1, description="queries, and keys up to 512, whose attention scores exist at a time"
+    )
     remat: bool = Field(True, description="recompute layers in the backward pass instead of storing activations")
 
     @model_validator(mode="before")

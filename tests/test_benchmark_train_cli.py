@@ -1,4 +1,4 @@
-"""`python -m specjax.benchmark train`: its JSON and tables, and the mistakes it names."""
+"""`python -m specjax.benchmark train` and `memory`: their JSON and tables, and the mistakes they name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from typing import Any
 
 import pytest
 import yaml
+from jax.experimental import topologies
 
 from specjax.benchmark import main
+from specjax.config import load_config
+from specjax.training import tasks
+from specjax.training.benchmark import _compiled, _with_target, synthetic_batch
+from specjax.training.memory import step_memory
+from specjax.training.run import mesh_of
+from specjax.training.tasks import draft_task_of
+from tests import refusals
 from tests.training.tiny import LENGTH, edited, raw_run
 from tests.weights.tiny import raw_config
 
@@ -140,11 +148,71 @@ def test_a_comparison_needs_torch(
     assert "--compare torch needs PyTorch; install the test extra" in refusal([config, *COMPARE], capsys)
 
 
-def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """What is said of a mistake, on stderr, before the exit with status 2."""
-    with pytest.raises(SystemExit) as stopped:
-        main(["train", *arguments])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str], command: str = "train") -> str:
+    said = refusals.refusal(main, [command, *arguments], capsys)
     assert said.startswith("error: ")
     return said
+
+
+def memory(folder: Path, *arguments: str) -> dict[str, dict[str, int]]:
+    out = folder / "memory.json"
+    main(["memory", *arguments, "--json", str(out)])
+    report: dict[str, dict[str, int]] = json.loads(out.read_text())["memory"]
+    return report
+
+
+def test_memory_without_arrays_is_that_of_the_real_step(tmp_path: Path) -> None:
+    """Compiled from shapes alone, and from the arrays of a run: with a teacher, Muon, an average, and a mesh."""
+    config = write_config(tmp_path, {"draft.mask_token_id": None, "data.taps": "nowhere", "mesh": {"fsdp": 2}})
+    config_of = lambda: load_config(config, ["loss.objective=kl", "optimizer.ema_decay=0.9"])  # noqa: E731
+    with mesh_of(config_of()):
+        run, target = _with_target(config_of(), random=True)
+        _, batch = synthetic_batch(run, target)
+        _, real = _compiled(run, draft_task_of(run, target), batch)
+    found = step_memory(config_of())
+    assert found["arguments"] == real["memory_arguments_bytes"]
+    assert found["temporaries"] == pytest.approx(real["memory_temporaries_bytes"], rel=0.01)
+    assert found["peak"] == found["arguments"] + found["temporaries"]
+
+
+def test_memory_grows_linearly_with_anchors_and_rows_and_not_with_the_vocabulary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "LOGITS_BYTES", 2**14)
+    settings = {"data.max_length": 64, "data.num_anchors": 16, "training.batch_size": 8, "training.attention_chunk": 8}
+    config = write_config(tmp_path, settings | {"loss": {"gamma": 2.0}})
+    varied = ["--vary", "data.num_anchors=32,48", "--vary", "training.batch_size=16,24", "--vocab-size", "1024"]
+    report = memory(tmp_path, config, *varied)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("as configured", "data.num_anchors=48", "vocabulary of 1024"))
+    base, larger = report["as configured"], report["vocabulary of 1024"]
+    for name, values in (("data.num_anchors", (32, 48)), ("training.batch_size", (16, 24))):
+        second, third = (report[f"{name}={value}"]["temporaries"] for value in values)
+        assert second > base["temporaries"]
+        assert third - second == pytest.approx(second - base["temporaries"], rel=0.2)
+    assert larger["arguments"] > base["arguments"]  # the target's own embedding and head
+    assert larger["temporaries"] - base["temporaries"] < 8 * 2**14
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vary", "data.num_anchors"], "--vary data.num_anchors: give section.key=value,value"),
+        (["--vary", "data.anchors=1,2"], "data.anchors"),
+        (["training.batch_size=3"], "training.batch_size is 3: not a multiple of 8"),
+        (["mesh.fsdp=3"], "mesh data=-1 fsdp=3 tensor=1: does not divide the 8 devices here"),
+        (["--topology", "v5e:9x9"], "--topology v5e:9x9: no such slice; give one such as v5e:4x4, with libtpu"),
+    ],
+)
+def test_a_mistake_of_memory_is_named(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unknown(**_: Any) -> None:
+        raise RuntimeError("no such slice")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", unknown)
+    assert message in refusal([write_config(tmp_path), *arguments], capsys, "memory")

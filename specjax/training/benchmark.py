@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -130,38 +131,53 @@ def _with_target(config: RunConfig, random: bool) -> tuple[RunConfig, Decoder]:
     check_mesh(shape)
     if not random:
         return config, load_target(path, dtype=dtype)
-    if config.draft.mask_token_id is None and load_tokenizer(path) is None:
-        stops = stop_token_ids(path)
-        config = _updated(config, "draft", mask_token_id=max(set(range(shape.vocab_size)) - set(stops)))
     make = jax.jit(lambda: Decoder(shape, rngs=nnx.Rngs(config.seed), dtype=dtype, param_dtype=dtype))
-    return config, make()
+    return with_mask_token(config, shape.vocab_size), make()
 
 
-def synthetic_batch(config: RunConfig, target: Decoder) -> tuple[dict[str, np.ndarray], Batch]:
-    """Full rows of random tokens: (the host's fields [rows, ...], the step's batch [micro-batches, rows, ...]).
+def with_mask_token(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The config with a mask token even where the target has no tokenizer to tell it."""
+    path = config.target.path
+    if config.draft.mask_token_id is not None or load_tokenizer(path) is not None:
+        return config
+    return _updated(config, "draft", mask_token_id=max(set(range(vocab_size)) - set(stop_token_ids(path))))
 
-    With `data.taps` the batch also has random `states`, standard normal, made on the devices.
-    """
+
+def synthetic_rows(config: RunConfig, vocab_size: int) -> dict[str, np.ndarray]:
+    """A step's rows on the host: full, of random tokens, with the anchors of a first epoch; fields [rows, ...]."""
     rows, length = config.training.batch_size, config.data.max_length
-    tokens = np.random.default_rng(config.seed).integers(0, target.config.vocab_size, (rows, length), np.int32)
+    tokens = np.random.default_rng(config.seed).integers(0, vocab_size, (rows, length), np.int32)
     learnt, documents = np.ones((rows, length), bool), np.ones((rows, length), np.int32)
     drawn = [
         draw_anchors(learnt[i], documents[i], config.data.num_anchors, seed=config.seed, epoch=0, sample_ids=[i])
         for i in range(rows)
     ]
     anchors, valid = (np.stack(x) for x in zip(*drawn, strict=True))
-    host = {
+    return {
         "input_ids": tokens,
         "loss_mask": learnt,
         "document_ids": documents,
         "anchors": anchors,
         "anchor_valid": valid,
     }
+
+
+def states_shape(config: RunConfig, hidden_size: int) -> tuple[int, ...]:
+    """Of a step's captured states: [micro-batches, rows, tokens, (taps + 1) * hidden size]."""
     micro = config.training.accumulation_steps
-    batch = to_device(host, micro)
+    width = (len(draft_config_of(config).target_layer_ids) + 1) * hidden_size
+    return micro, config.training.batch_size // micro, config.data.max_length, width
+
+
+def synthetic_batch(config: RunConfig, target: Decoder) -> tuple[dict[str, np.ndarray], Batch]:
+    """`synthetic_rows` and the step's batch made of them, [micro-batches, rows, ...].
+
+    With `data.taps` the batch also has random `states`, standard normal, made on the devices.
+    """
+    host = synthetic_rows(config, target.config.vocab_size)
+    batch = to_device(host, config.training.accumulation_steps)
     if config.data.taps is not None:
-        width = (len(draft_config_of(config).target_layer_ids) + 1) * target.config.hidden_size
-        shape = micro, rows // micro, length, width
+        shape = states_shape(config, target.config.hidden_size)
 
         def states() -> jax.Array:
             return jax.reshard(jax.random.normal(jax.random.key(0), shape, target.dtype), P(None, BATCH))
@@ -170,14 +186,19 @@ def synthetic_batch(config: RunConfig, target: Decoder) -> tuple[dict[str, np.nd
     return host, batch
 
 
-def _compiled(config: RunConfig, task: Task, batch: Batch) -> tuple[Trainer, Report]:
-    """The config's train step, compiled for `batch`, and what compiling says of it."""
+def train_step_of(config: RunConfig, task: Task) -> tuple[optax.GradientTransformation, Any]:
+    """The config's optimizer and jitted train step."""
     schedule = learning_rate_schedule(config.optimizer, config.training.steps or DEFAULT_TOTAL_STEPS)
     optimizer = make_optimizer(config.optimizer, schedule)
+    return optimizer, make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay)
+
+
+def _compiled(config: RunConfig, task: Task, batch: Batch) -> tuple[Trainer, Report]:
+    """The config's train step, compiled for `batch`, and what compiling says of it."""
+    optimizer, step = train_step_of(config, task)
     state = TrainState.create(task.model, optimizer, averages=config.optimizer.ema_decay is not None)
-    step = make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay)
     started = time.perf_counter()
-    lowered = step.lower(state, task.frozen, batch)  # type: ignore[attr-defined]
+    lowered = step.lower(state, task.frozen, batch)
     traced = time.perf_counter()
     compiled = lowered.compile()
     report = {"trace_s": traced - started, "compile_s": time.perf_counter() - traced}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,16 +224,18 @@ def tap_recipe(config: RunConfig, examples: int) -> TapRecipe:
 
 
 @contextlib.contextmanager
-def mesh_of(config: RunConfig) -> Iterator[None]:
-    """The config's mesh over all devices, in force."""
-    mesh, devices = config.mesh, jax.device_count()
-    data = mesh.data if mesh.data > 0 else devices // (mesh.fsdp * mesh.tensor)
-    if data * mesh.fsdp * mesh.tensor != devices:
+def mesh_of(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> Iterator[jax.sharding.Mesh]:
+    """The config's mesh over all devices, or those given, in force."""
+    mesh, devices = config.mesh, jax.devices() if devices is None else devices
+    data = mesh.data if mesh.data > 0 else len(devices) // (mesh.fsdp * mesh.tensor)
+    if data * mesh.fsdp * mesh.tensor != len(devices):
         raise InputError(
-            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: does not divide the {devices} devices here"
+            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: does not divide the {len(devices)} devices "
+            "here"
         )
-    with jax.set_mesh(make_mesh(data, mesh.fsdp, mesh.tensor)):
-        yield
+    made = make_mesh(data, mesh.fsdp, mesh.tensor, devices)
+    with jax.set_mesh(made):
+        yield made
 
 
 def _check_output(run: Path, config: RunConfig, resume: bool) -> None:

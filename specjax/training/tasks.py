@@ -16,6 +16,7 @@ from specjax.config import RunConfig
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
+from specjax.models.sharding import BATCH, axis_size
 from specjax.training import flops
 from specjax.training.evaluation import Answers, causal_lm_evaluator, draft_evaluator
 from specjax.training.metrics import Evaluation
@@ -37,6 +38,7 @@ from specjax.weights.side_files import unshaping_fields
 from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
 
 TARGET_FILE = "target.json"
+LOGITS_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def draft_task_of(config: RunConfig, target: Decoder) -> Task:
         gamma=config.gamma,
         alpha=config.loss.alpha,
         cumulative_mask=config.loss.cumulative_mask,
-        chunk_blocks=config.loss.chunk_blocks,
+        chunk_blocks=config.loss.chunk_blocks or _chunk_blocks(config, target.config.vocab_size),
         query_chunk=config.training.attention_chunk,
         remat=config.training.remat,
     )
@@ -102,6 +104,14 @@ def draft_task_of(config: RunConfig, target: Decoder) -> Task:
         num_anchors=config.data.num_anchors,
         files={},
     )
+
+
+def _chunk_blocks(config: RunConfig, vocab_size: int) -> int:
+    """The blocks of an even share of a row whose logits, on one device, take `LOGITS_BYTES` at most."""
+    rows = config.training.batch_size // (config.training.accumulation_steps * axis_size(*BATCH))
+    block = 4 * rows * (config.draft.block_size - 1) * vocab_size // axis_size("tensor")
+    chunks = -(-config.data.num_anchors // max(1, LOGITS_BYTES // block))
+    return -(-config.data.num_anchors // chunks)
 
 
 def draft_config_of(config: RunConfig) -> DFlashConfig:
