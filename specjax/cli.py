@@ -1,4 +1,4 @@
-"""What the decoding entry points share: their arguments, and the models these name."""
+"""What the entry points share: arguments of decoding and of sharing work, and the models that these name."""
 
 from __future__ import annotations
 
@@ -43,6 +43,20 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --dtype and --tensor."""
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="devices that share the models")
+
+
+def add_share_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --num-processes and --process-id, of commands whose shards several processes write."""
+    parser.add_argument("--num-processes", type=int, default=1, help="processes that share the work")
+    parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
+
+
+def check_share(args: argparse.Namespace) -> None:
+    """Raises InputError unless --process-id is one of --num-processes."""
+    if args.num_processes < 1:
+        raise InputError(f"--num-processes is {args.num_processes}; give at least 1")
+    if not 0 <= args.process_id < args.num_processes:
+        raise InputError(f"--process-id is {args.process_id} of --num-processes {args.num_processes}; count from 0")
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specjax.cli import add_model_arguments, decoding_mesh, dtype_name, load_models
+from specjax.cli import (
+    add_model_arguments,
+    add_share_arguments,
+    check_share,
+    decoding_mesh,
+    dtype_name,
+    load_models,
+)
 from specjax.errors import InputError, exit_on_input_error
 
 if TYPE_CHECKING:
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
     from specjax.data.dialogues import AnswerRules, Dialogue
 
 SHARD_PROMPTS = 512
-POSITIVE = ("max_new_tokens", "batch_size", "shard_prompts", "limit", "num_processes")
+POSITIVE = ("max_new_tokens", "batch_size", "shard_prompts", "limit")
 
 # Prompts of token ids -> (index of a prompt, its new tokens), in any order.
 Answerer = Callable[[Sequence[list[int]]], Iterable[tuple[int, list[int]]]]
@@ -71,15 +78,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-prompts", type=int, default=SHARD_PROMPTS, help="prompts a file, within which similar lengths meet"
     )
-    parser.add_argument("--num-processes", type=int, default=1, help="processes that share the work")
-    parser.add_argument("--process-id", type=int, default=0, help="which of them this is, from 0")
+    add_share_arguments(parser)
     args = parser.parse_args(argv)
     for name in POSITIVE:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; give at least 1")
-    if not 0 <= args.process_id < args.num_processes:
-        raise InputError(f"--process-id is {args.process_id} of --num-processes {args.num_processes}; count from 0")
+    check_share(args)
     return args
 
 

@@ -67,8 +67,6 @@ def start_cache(folder: Path, recipe: TapRecipe, data: str, shards: int) -> list
     wanted = recipe.to_json() | {"data": data, "shards": shards}
     if path.exists():
         check_recipe(path, wanted, otherwise=OTHERWISE, remedy=REMEDY)
-        for left_over in folder.glob("taps-*.safetensors.*.partial"):  # of a capture that was killed
-            left_over.unlink()
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_recipe(path, wanted)
@@ -88,6 +86,8 @@ def write_shard(
         "states_crc": np.array([_crc(x) for x in states], np.int64),
     }
     path = shard_path(folder, shard)
+    for left_over in folder.glob(f"{path.name}.*.partial"):  # of a process that was killed
+        left_over.unlink()
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file(arrays, partial)
     os.replace(partial, path)

@@ -31,20 +31,30 @@ from specjax.weights import load_target, read_target_config
 SHARD_BYTES = 256 * 2**20  # of states, about
 
 
-def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lambda text: None) -> Path:
+def capture(
+    config: RunConfig,
+    out: str | Path,
+    say: Callable[[str], None] = lambda text: None,
+    *,
+    num_processes: int = 1,
+    process_id: int = 0,
+) -> Path:
     """Writes the taps and final hidden state of every training example of `config` to the folder `out` and returns it.
 
     An example that an epoch repeats is captured once.
     Examples are packed into rows of `data.max_length` tokens, as many rows a pass as a micro-batch has. What an earlier
     call wrote is kept.
 
+    num_processes, process_id: this call writes every num_processes-th shard, from the process_id-th on. The processes
+    know nothing of each other, and each has the target on its own devices.
+
     Raises:
-        InputError: anything wrong with config, target or data; several processes; a cache of something else in `out`.
+        InputError: anything wrong with config, target or data; a cache of something else in `out`.
     """
     if config.kind != "dflash":
         raise InputError(f"kind is {config.kind}; only a draft (dflash) is trained on taps")
     if jax.process_count() > 1:
-        raise InputError("capture runs in one process; run it on one host of the pod, with that host's devices")
+        raise InputError("capture shares its work among processes of their own; give --num-processes and --process-id")
     out = Path(out)
     with mesh_of(config), matmul_precision(compute_dtype(config)):
         check_batch_size(config)
@@ -58,8 +68,8 @@ def capture(config: RunConfig, out: str | Path, say: Callable[[str], None] = lam
         # Of the bytes alone: a capture may be continued with another batch size.
         shard_rows = max(1, SHARD_BYTES // (recipe.max_length * token_bytes))
         shards = [range(i, min(i + shard_rows, len(plan))) for i in range(0, len(plan), shard_rows)]
-        missing = start_cache(out, recipe, digest, len(shards))
-        say(f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} shards to write")
+        missing = [s for s in start_cache(out, recipe, digest, len(shards)) if s % num_processes == process_id]
+        say(f"{out}: {lengths.sum():,} tokens of {token_bytes:,} bytes; {len(missing)} shards to write here")
         if missing:
             target = load_target(config.target.path, dtype=compute_dtype(config))
             run = partial(_states, target, tap_ids=recipe.target_layer_ids, query_chunk=config.training.attention_chunk)

@@ -56,13 +56,17 @@ def test_a_cache_of_something_else_is_refused(folder, change, message):
         start_cache(folder, other, "data", 2)
 
 
+def test_a_shard_removes_what_a_killed_process_left_of_it(folder):
+    others = {"mine.partial", "taps-00001.safetensors.7.partial"}
+    for name in (*others, "taps-00000.safetensors.7.partial"):
+        (folder / name).touch()
+    write_shard(folder, 0, [2, 0], [TOKENS[2], TOKENS[0]], [STATES[2], STATES[0]])
+    assert {path.name for path in folder.glob("*.partial")} == others
+
+
 def test_a_cache_of_other_tokens_or_another_version_is_not_continued(folder):
     with pytest.raises(InputError, match="data is 'data', now 'changed'; restore these settings, or capture into"):
         start_cache(folder, RECIPE, "changed", 2)
-    (folder / "taps-00000.safetensors.7.partial").touch()
-    (folder / "mine.partial").touch()
-    start_cache(folder, RECIPE, "data", 2)
-    assert [path.name for path in folder.glob("*.partial")] == ["mine.partial"]
     index = folder / "cache.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"format_version": 1}))
     with pytest.raises(InputError, match="format_version is 1, now 3"):

@@ -69,6 +69,29 @@ def test_an_interrupted_capture_goes_on_and_gives_the_same_bytes(
         assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.usefixtures("small_shards")
+def test_processes_that_share_a_capture_write_what_one_would(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = captured(raw, tmp_path / "whole"), tmp_path / "parts"
+    config = str(write_config(raw))
+    main([config, str(parts), "--num-processes", "2", "--process-id", "1"])
+    assert [path.name for path in sorted(parts.iterdir())] == ["cache.json", "taps-00001.safetensors"]
+    with pytest.raises(SystemExit, match="2"):
+        train(edited(raw, {"data.taps": str(parts)}))
+    assert "taps-00000.safetensors" in capsys.readouterr().err
+    (parts / "taps-00002.safetensors.4.partial").touch()  # of the other process, which is at it
+    main([config, str(parts), "--num-processes", "2", "--process-id", "1"])
+    assert (parts / "taps-00002.safetensors.4.partial").exists()
+    main([config, str(parts), "--num-processes", "2", "--process-id", "0"])
+    assert sorted(path.name for path in parts.iterdir()) == sorted(path.name for path in whole.iterdir())
+    for path in whole.iterdir():
+        assert (parts / path.name).read_bytes() == path.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        main([config, str(parts), "--num-processes", "2", "--process-id", "2"])
+    assert "--process-id is 2 of --num-processes 2; count from 0" in capsys.readouterr().err
+
+
 def test_the_target_does_not_run_when_its_taps_are_there(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
