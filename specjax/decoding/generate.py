@@ -5,14 +5,16 @@ from __future__ import annotations
 import reprlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import PartitionSpec as P
 
 from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.loop import DecodeState, Limits, decode, prefill
+from specjax.decoding.sampling import Sampling
 from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
@@ -47,34 +49,38 @@ def generate(
     stop_token_ids: Ids | Sequence[Ids] = (),
     draft_tokens: int | None = None,
     temperature: float = 0.0,
-    seed: int = 0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | Ids = 0,
 ) -> Generation:
-    """Continues `prompts` (lists of token ids) greedily, speculatively if a draft is given; the output is the same.
+    """Continues `prompts` (lists of token ids), speculatively if a draft is given; the output is the same.
 
-    max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. draft_tokens: drafts verified a round, at
-    most block size - 1 (the default). Prompts of one call run as one batch.
+    max_new_tokens, stop_token_ids, seed: for all prompts, or one entry a prompt. draft_tokens: drafts verified a round,
+    at most block size - 1 (the default). temperature: 0 is greedy; above, tokens are drawn from the target's softmax
+    after temperature, top_k and top_p, in this order. What is drawn depends on the prompt, its seed and these alone:
+    neither the draft nor the rest of the batch changes it. Prompts of one call run as one batch.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
-            target, a draft of another target, a temperature other than 0, or limits out of range.
+            target, a draft of another target, or limits, seeds or sampling settings out of range.
     """
-    if temperature != 0.0 or seed != 0:
-        raise InputError(
-            f"temperature is {temperature} and seed {seed}; only greedy decoding is available: leave both 0"
-        )
+    _check_sampling(temperature, top_k, top_p)
     drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
     width = _check_models(target, drafter, draft_tokens)
     rows = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
     new_tokens, stops = _per_prompt(len(rows), max_new_tokens, stop_token_ids)
+    seeds = _seeds(len(rows), seed)
     _check_limits(target, rows, new_tokens, stops)
     if not rows:
         return Generation([], [], 0.0, 0.0)
     with mesh_scope(), matmul_precision(target.dtype):
         batch = Batch.build(target, rows, new_tokens, stops, drafter.block_size if drafter else 1)
+        if temperature > 0:
+            batch = batch.sampled(temperature, top_k, top_p, seeds)
         started = time.perf_counter()
         state = jax.block_until_ready(batch.prefill(target, drafter))
         prefilled = time.perf_counter()
-        state = jax.block_until_ready(decode(target, drafter, state, batch.limits, draft_tokens=width))
+        state = jax.block_until_ready(decode(target, drafter, state, batch.limits, batch.sampling, draft_tokens=width))
         finished = time.perf_counter()
     tokens, rounds = batch.outputs(state)
     return Generation(tokens, rounds if drafter else [[] for _ in rows], prefilled - started, finished - prefilled)
@@ -94,6 +100,7 @@ class Batch:
     capacity: int
     max_rounds: int
     lengths: tuple[int, ...]
+    sampling: Sampling | None = None
 
     @classmethod
     def build(
@@ -119,6 +126,15 @@ class Batch:
         lengths = tuple(map(len, prompts))
         return cls(put(ids, SPECS.act_bt), put(length, SPECS.act_b), limits, capacity, max_rounds, lengths)
 
+    def sampled(self, temperature: float, top_k: int | None, top_p: float | None, seeds: Sequence[int]) -> Batch:
+        """The same prompts, drawn and not chosen greedily."""
+        padded = np.zeros(self.prompts.shape[0], np.uint32)
+        padded[: len(seeds)] = seeds
+        number = lambda value, dtype: None if value is None else put(np.asarray(value, dtype), P())  # noqa: E731
+        settings = (number(top_k, np.int32), number(top_p, np.float32))
+        sampling = Sampling(put(np.float32(temperature), P()), put(padded, SPECS.act_b), *settings)
+        return replace(self, sampling=sampling)
+
     def prefill(self, target: Decoder, drafter: Drafter | None) -> DecodeState:
         return prefill(
             target,
@@ -126,6 +142,7 @@ class Batch:
             self.prompts,
             self.prompt_length,
             self.limits,
+            self.sampling,
             capacity=self.capacity,
             max_rounds=self.max_rounds,
         )
@@ -171,6 +188,29 @@ def _per_prompt(
         if len(values) != count:
             raise InputError(f"{name} has {len(values)} entries for {count} prompts; give one for all or one a prompt")
     return new_tokens, stops
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}; give 0 (greedy) or a number above")
+    for name, value in (("top_k", top_k), ("top_p", top_p)):
+        if value is not None and temperature == 0:
+            raise InputError(f"{name} is {value}, but temperature 0 is greedy; give a temperature, or leave {name} out")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k is {top_k}; give at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top_p is {top_p}; give a number above 0 and at most 1")
+
+
+def _seeds(count: int, seed: int | Ids) -> list[int]:
+    shared = np.ndim(seed) == 0
+    seeds = _integers("seed", [seed] * count if shared else seed)
+    if len(seeds) != count:
+        raise InputError(f"seed has {len(seeds)} entries for {count} prompts; give one for all or one a prompt")
+    for value in seeds:
+        if not 0 <= value < 2**32:
+            raise InputError(f"seed is {value}; give an integer from 0 to 2**32 - 1")
+    return seeds
 
 
 def _check_limits(

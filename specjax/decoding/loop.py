@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.decoding.drafter import Drafter
+from specjax.decoding.sampling import Sampling, choose
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS
@@ -66,11 +67,12 @@ def prefill(
     prompts_bt: jax.Array,
     prompt_length_b: jax.Array,
     limits: Limits,
+    sampling: Sampling | None = None,
     *,
     capacity: int,
     max_rounds: int,
 ) -> DecodeState:
-    """Runs right-padded prompts [b, bucket] and commits each row's first token, the target's choice.
+    """Runs right-padded prompts [b, bucket] and commits each row's first token, the target's choice (see `choose`).
 
     Rows with `prompt_length_b` 0 are padding and done from the start. The padding's K/V are overwritten before a
     query can see them.
@@ -84,7 +86,7 @@ def prefill(
     assert output.cache is not None
     last = jnp.maximum(prompt_length_b - 1, 0)
     hidden = jax.vmap(lambda rows, i: rows[i])(output.hidden, last)[:, None]
-    first = _choices(target, hidden)
+    first = choose(target.logits(hidden), last[:, None] + 1, sampling)
     drafter_state = None
     if drafter is not None:
         drafter_state = drafter.observe(drafter.init(b, capacity), output.taps, positions, positions)
@@ -101,7 +103,13 @@ def prefill(
 
 
 def decode_round(
-    target: Decoder, drafter: Drafter | None, state: DecodeState, limits: Limits, *, draft_tokens: int
+    target: Decoder,
+    drafter: Drafter | None,
+    state: DecodeState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    draft_tokens: int,
 ) -> DecodeState:
     """One round: draft, verify `draft_tokens` of the proposals in one target pass, commit what matched plus one.
 
@@ -116,7 +124,7 @@ def decode_round(
     tap_ids = drafter.tap_ids if drafter is not None else ()
     output = target(block, positions, cache=state.cache, slots_bt=slots, tap_ids=tap_ids)
     assert output.cache is not None
-    choices = _choices(target, output.hidden)
+    choices = choose(target.logits(output.hidden), positions + 1, sampling)
     matches = jnp.cumprod((block[:, 1:] == choices[:, :-1]).astype(jnp.int32), axis=1)
     matched = matches.sum(axis=1).astype(jnp.int32)
     drafter_state = state.drafter
@@ -130,7 +138,13 @@ def decode_round(
 
 @partial(jax.jit, static_argnames=("draft_tokens",), donate_argnames=("state",))
 def decode(
-    target: Decoder, drafter: Drafter | None, state: DecodeState, limits: Limits, *, draft_tokens: int
+    target: Decoder,
+    drafter: Drafter | None,
+    state: DecodeState,
+    limits: Limits,
+    sampling: Sampling | None = None,
+    *,
+    draft_tokens: int,
 ) -> DecodeState:
     """Rounds until every row is done. `state` is donated."""
 
@@ -138,7 +152,7 @@ def decode(
         return ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        return decode_round(target, drafter, state, limits, draft_tokens=draft_tokens)
+        return decode_round(target, drafter, state, limits, sampling, draft_tokens=draft_tokens)
 
     return jax.lax.while_loop(unfinished, body, state)
 
@@ -156,11 +170,6 @@ def _commit(state: DecodeState, limits: Limits, choices: jax.Array, matched: jax
     tokens = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(state.tokens, kept, choices)
     done = state.done | (stop < count) | (count >= room)
     return DecodeState(tokens, state.length + count, done, state.cache, state.drafter, state.rounds, state.round)
-
-
-def _choices(target: Decoder, hidden_btd: jax.Array) -> jax.Array:
-    """The target's greedy choice after every token, [b, t]; ties go to the lowest id."""
-    return jnp.argmax(target.logits(hidden_btd), axis=-1).astype(jnp.int32)
 
 
 def _positions(first_b: jax.Array, count: int) -> jax.Array:
