@@ -8,7 +8,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from specjax.cli import Models, add_model_arguments, decoding_mesh, load_models
+from specjax.cli import (
+    Models,
+    add_model_arguments,
+    add_sampling_arguments,
+    decoding_mesh,
+    load_models,
+    prompt_seeds,
+    sampling_settings,
+)
 from specjax.errors import InputError, exit_on_input_error
 
 
@@ -22,14 +30,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
+    add_sampling_arguments(parser)
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a prompt: text, tokens, rounds")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}; give at least 1")
+    sampling = sampling_settings(args)
     with decoding_mesh(args):
         models = load_models(args)
         prompts = _prompts(args, models)
-        for i, answer in enumerate(_answers(args, models, prompts)):
+        for i, answer in enumerate(_answers(args, models, prompts, sampling)):
             if args.jsonl:
                 print(json.dumps(answer, ensure_ascii=False), flush=True)
             else:
@@ -53,7 +63,9 @@ def _prompts(args: argparse.Namespace, models: Models) -> list[list[int]]:
     ]
 
 
-def _answers(args: argparse.Namespace, models: Models, prompts: list[list[int]]) -> Iterator[dict[str, Any]]:
+def _answers(
+    args: argparse.Namespace, models: Models, prompts: list[list[int]], sampling: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
     from specjax.decoding import generate
 
     for first in range(0, len(prompts), args.batch_size):
@@ -66,6 +78,8 @@ def _answers(args: argparse.Namespace, models: Models, prompts: list[list[int]])
                 max_new_tokens=args.max_new_tokens,
                 stop_token_ids=models.stop_token_ids,
                 draft_tokens=args.draft_tokens,
+                seed=prompt_seeds(args, range(first, first + len(batch))),
+                **sampling,
             )
         except InputError as error:  # which counts the prompts of its own batch
             raise InputError(f"counted from prompt {first}: {error}" if first else str(error)) from error

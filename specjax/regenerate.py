@@ -1,8 +1,8 @@
 """Training answers written by the target itself: `python -m specjax.regenerate --target T --data FILES --out FOLDER`.
 
-Every turn of every prompt or conversation is answered greedily by the target, which sees its own earlier answers; with
-a draft faster, and the same. FOLDER/*.jsonl is what the trainer reads. A second call with the same arguments goes on
-where the first one stopped; several processes share the work.
+Every turn of every prompt or conversation is answered by the target, which sees its own earlier answers: greedily, or
+drawn at a --temperature; with a draft faster, and the same. FOLDER/*.jsonl is what the trainer reads. A second call
+with the same arguments goes on where the first one stopped; several processes share the work.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING
 
 from specjax.cli import (
     add_model_arguments,
+    add_sampling_arguments,
     add_share_arguments,
     check_share,
     decoding_mesh,
     dtype_name,
     load_models,
+    prompt_seeds,
+    sampling_settings,
 )
 from specjax.errors import InputError, exit_on_input_error
 
@@ -33,8 +36,8 @@ if TYPE_CHECKING:
 SHARD_PROMPTS = 512
 POSITIVE = ("max_new_tokens", "batch_size", "shard_prompts", "limit")
 
-# Prompts of token ids -> (index of a prompt, its new tokens), in any order.
-Answerer = Callable[[Sequence[list[int]]], Iterable[tuple[int, list[int]]]]
+# (prompts of token ids, their seeds) -> (index of a prompt, its new tokens), in any order.
+Answerer = Callable[[Sequence[list[int]], Sequence[int]], Iterable[tuple[int, list[int]]]]
 
 
 @exit_on_input_error
@@ -78,6 +81,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--shard-prompts", type=int, default=SHARD_PROMPTS, help="prompts a file, within which similar lengths meet"
     )
+    add_sampling_arguments(parser)
     add_share_arguments(parser)
     args = parser.parse_args(argv)
     for name in POSITIVE:
@@ -85,6 +89,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} is {value}; give at least 1")
     check_share(args)
+    sampling_settings(args)
     return args
 
 
@@ -120,6 +125,10 @@ def _plan(args: argparse.Namespace) -> tuple[JsonlRecords, Recipe]:
         chat_template_kwargs=args.chat_template_kwargs,
         stop_token_ids=stops,
         max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
         unfinished=args.unfinished,
         prompts=prompts,
         shard_prompts=args.shard_prompts,
@@ -162,19 +171,25 @@ def _answer(
             vocab_size=target.vocab_size,
             unfinished=args.unfinished,
         )
-        answer = partial(
-            generate_by_length,
-            models.target,
-            draft=models.draft,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            stop_token_ids=models.stop_token_ids,
-            draft_tokens=args.draft_tokens,
-        )
+
+        def answer(prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+            return generate_by_length(
+                models.target,
+                prompts,
+                models.draft,
+                batch_size=args.batch_size,
+                max_new_tokens=args.max_new_tokens,
+                stop_token_ids=models.stop_token_ids,
+                draft_tokens=args.draft_tokens,
+                seeds=seeds,
+                **sampling_settings(args),
+            )
+
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("answering", total=sum(len(folder.shards[shard]) for shard in shards))
             for shard in shards:
-                report = write_shard(folder, shard, records, rules, answer, partial(progress.advance, task))
+                ended = partial(progress.advance, task)
+                report = write_shard(folder, shard, records, rules, answer, partial(prompt_seeds, args), ended)
                 total.counts += report.counts
                 total.failures += report.failures
     return total
@@ -186,6 +201,7 @@ def write_shard(
     records: JsonlRecords,
     rules: AnswerRules,
     answer: Answerer,
+    seeds_of: Callable[[Sequence[int]], list[int]],
     ended: Callable[[], object] = lambda: None,
 ) -> ShardReport:
     """Answers the prompts of one shard, writes them to `folder` and returns the report; calls `ended` for each."""
@@ -193,7 +209,7 @@ def write_shard(
     from specjax.data.dialogues import Dialogue
 
     prompts = folder.shards[shard]
-    dialogues = [Dialogue(records[i], rules) for i in prompts]
+    dialogues = [Dialogue(records[i], rules, seed) for i, seed in zip(prompts, seeds_of(prompts), strict=True)]
     for _ in converse(dialogues, answer):
         ended()
     report = ShardReport()
@@ -215,7 +231,7 @@ def converse(dialogues: Sequence[Dialogue], answer: Answerer) -> Iterator[Dialog
             else:
                 asked.append(dialogue)
                 prompts.append(prompt)
-        for i, tokens in answer(prompts):
+        for i, tokens in answer(prompts, [dialogue.seed for dialogue in asked]):
             asked[i].take(tokens)
             if asked[i].outcome is not None:
                 yield asked[i]

@@ -94,6 +94,18 @@ def test_json_lines_hold_tokens_rounds_and_text(
     assert printed.err == ""
 
 
+def test_drawn_answers_have_a_seed_for_every_prompt(
+    folder: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn = ("--temperature", "0.7", "--top-k", "20", "--top-p", "0.9", "--seed", "5")
+    call(folder, *user(*TEXTS), *drawn, "--draft", str(folder / "draft"), "--jsonl")
+    target = load_target(folder / "target", dtype=jnp.float32)
+    for i, line in enumerate(capsys.readouterr().out.splitlines()):
+        settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 5 + i}
+        expected = decode(target, [prompts[i]], None, NEW, [STOP_TOKEN], **settings)
+        assert json.loads(line)["tokens"] == expected.tokens[0]
+
+
 def test_without_a_tokenizer_token_ids_go_in_and_come_out(
     folder: Path, prompts: list[list[int]], answers: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -128,6 +140,7 @@ refused = partial(refusal, main)
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "a top-p without a temperature": ({"top-p": 0.5}, "top_p is 0.5, but temperature 0 is greedy"),
     "no target": ({"target": "nowhere/at/all"}, "error: nowhere/at/all: no such folder"),
     "text without tokenizer": (
         {"target": "bare"},

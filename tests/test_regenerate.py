@@ -48,6 +48,8 @@ ANSWERED: list[Any] = [
     [user(TEXTS[4]), told(), user(TEXTS[0])],
     [user(TEXTS[2])],
 ]
+PLACES = (0, 1, 2, 4, 5, 7, 9, 10)  # of these in both files
+Turns = list[list[tuple[list[int], list[int]]]]
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -128,14 +130,18 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(folder: Path, stops: list[int]) -> list[list[tuple[list[int], list[int]]]]:
+def expected(folder: Path, stops: list[int]) -> Turns:
+    return decoded(folder, stops)
+
+
+def decoded(folder: Path, stops: list[int], seed: int = 0, **sampling: float) -> Turns:
     """(prompt, answer) of every turn of every prompt that can be answered, decoded one by one."""
     tokenizer, target = (
         AutoTokenizer.from_pretrained(folder / "target"),
         load_target(folder / "target", dtype=jnp.float32),
     )
     dialogues = []
-    for messages in ANSWERED:
+    for place, messages in zip(PLACES, ANSWERED, strict=True):
         pairs: list[tuple[list[int], list[int]]] = []
         history: list[dict[str, str]] = []
         for message in [None] if messages is TOKENS else [m for m in messages if m["role"] != "assistant"]:
@@ -143,7 +149,8 @@ def expected(folder: Path, stops: list[int]) -> list[list[tuple[list[int], list[
             if message is not None and message["role"] == "system":
                 continue
             prompt = TOKENS if message is None else chat_prompt(history, tokenizer, "here")
-            answer = generate(target, [prompt], max_new_tokens=NEW, stop_token_ids=stops).tokens[0]
+            drawn = {"seed": seed + place, **sampling}
+            answer = generate(target, [prompt], None, NEW, stops, **drawn).tokens[0]  # type: ignore[arg-type]
             pairs.append((prompt, answer))
             if answer[-1] not in stops:
                 break
@@ -152,16 +159,12 @@ def expected(folder: Path, stops: list[int]) -> list[list[tuple[list[int], list[
     return dialogues
 
 
-def test_every_supervised_turn_is_what_the_target_answers_to_what_precedes_it(
-    finished: Path, expected: list[list[tuple[list[int], list[int]]]]
-) -> None:
+def test_every_supervised_turn_is_what_the_target_answers_to_what_precedes_it(finished: Path, expected: Turns) -> None:
     assert [pair for record in answers(finished) for pair in turns(record)] == [p for pairs in expected for p in pairs]
     assert max(map(len, expected)) > 1  # some conversation went on to a second turn
 
 
-def test_counts_add_up_and_failures_are_named(
-    finished: Path, folder: Path, stops: list[int], expected: list[list[tuple[list[int], list[int]]]]
-) -> None:
+def test_counts_add_up_and_failures_are_named(finished: Path, folder: Path, stops: list[int], expected: Turns) -> None:
     total = counts(finished)
     unfinished = sum(pairs[-1][1][-1] not in stops for pairs in expected)
     assert 0 < unfinished < len(expected)
@@ -197,6 +200,21 @@ def test_the_trainer_reads_the_answers(finished: Path) -> None:
 def test_a_draft_and_the_batch_change_nothing(folder: Path, finished: Path, tmp_path: Path) -> None:
     call(folder, tmp_path / "out", "--draft", str(folder / "draft"), "--draft-tokens", "2", batch_size=5)
     assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_drawn_answers_are_those_of_each_prompts_own_seed(
+    folder: Path, finished: Path, stops: list[int], tmp_path: Path
+) -> None:
+    """Whatever draft, batch and processes wrote them."""
+    sampling = ("--temperature", "0.8", "--top-p", "0.9", "--seed", "11")
+    expected = decoded(folder, stops, 11, temperature=0.8, top_p=0.9)
+    call(folder, tmp_path / "out", *sampling, "--draft", str(folder / "draft"), batch_size=5)
+    found = [pair for record in answers(tmp_path / "out") for pair in turns(record)]
+    assert found == [pair for pairs in expected for pair in pairs]
+    assert found != [pair for record in answers(finished) for pair in turns(record)]
+    for process in (1, 0):
+        call(folder, tmp_path / "parts", *sampling, num_processes=2, process_id=process)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "out")
 
 
 def test_two_processes_write_what_one_writes(
@@ -298,6 +316,8 @@ def refused(folder: Path, out: Path, capsys: pytest.CaptureFixture[str], *argume
         ({"max_new_tokens": NEW + 1}, "max_new_tokens is 12, now 13"),
         ({"unfinished": "drop"}, "unfinished is 'keep', now 'drop'"),
         ({"limit": 5}, "prompts is 11, now 5"),
+        ({"temperature": 0.5}, "temperature is 0.0, now 0.5"),
+        ({"seed": 4}, "seed is 0, now 4"),
         ({"shard_prompts": 4}, "shard_prompts is 3, now 4"),
         ({"dtype": "bfloat16"}, "dtype is 'float32', now 'bfloat16'"),
         ({"chat_template_kwargs": '{"thinking": false}'}, "chat_template_kwargs is {}, now {'thinking'"),
@@ -329,6 +349,8 @@ def test_another_target_template_or_data_is_refused_by_name(
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": ({"batch_size": 0}, "error: --batch-size is 0; give at least 1"),
     "no prompts": ({"limit": 0}, "error: --limit is 0; give at least 1"),
+    "a top-k without a temperature": ({"top_k": 3}, "top_k is 3, but temperature 0 is greedy"),
+    "a seed too large": ({"seed": 2**32}, "--seed is 4294967296; give an integer from 0 to"),
     "a process too many": ({"num_processes": 2, "process_id": 2}, "--process-id is 2 of --num-processes 2; count"),
     "no room": ({"max_new_tokens": POSITIONS}, f"--max-new-tokens is {POSITIONS}, which leaves no prompt room"),
     "a reserved setting": ({"chat_template_kwargs": '{"tools": []}'}, "tools cannot be set"),

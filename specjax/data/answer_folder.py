@@ -41,6 +41,10 @@ class Recipe:
     chat_template_kwargs: dict[str, Any]
     stop_token_ids: tuple[int, ...]
     max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
     unfinished: str
     prompts: int
     shard_prompts: int

@@ -57,6 +57,7 @@ class AnswerRules:
 class Dialogue:
     """A record on its way to training records: `next_prompt` and `take` in turn, until `outcome` is set.
 
+    seed: of what is drawn for its answers.
     outcome: "done" where every turn has a finished answer, "unfinished" where one ran to its limit (the dialogue ends
     there: nobody goes on from half an answer), "failed" where a turn cannot be answered, for `reason`.
     records: of the turns that were answered, whatever came after them.
@@ -64,6 +65,7 @@ class Dialogue:
 
     record: Record
     rules: AnswerRules
+    seed: int = 0
     outcome: Outcome | None = None
     reason: str = ""
     records: list[TrainingRecord] = field(default_factory=list)

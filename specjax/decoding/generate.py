@@ -64,7 +64,7 @@ def generate(
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
             target, a draft of another target, or limits, seeds or sampling settings out of range.
     """
-    _check_sampling(temperature, top_k, top_p)
+    check_sampling(temperature, top_k, top_p)
     drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
     width = _check_models(target, drafter, draft_tokens)
     rows = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
@@ -190,7 +190,8 @@ def _per_prompt(
     return new_tokens, stops
 
 
-def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises InputError for a setting of `generate` that is out of range or would be ignored."""
     if not 0 <= temperature < float("inf"):
         raise InputError(f"temperature is {temperature}; give 0 (greedy) or a number above")
     for name, value in (("top_k", top_k), ("top_p", top_p)):
