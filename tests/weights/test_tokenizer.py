@@ -38,8 +38,8 @@ def test_a_row_with_a_token_is_never_taken_for_a_free_one() -> None:
     assert resolve_mask_token_id(None, full, 6) == 5
     with pytest.raises(
         InputError,
-        match="the first embedding row without a token is 5, outside the embedding's 5 rows; .* "
-        "or draft.mask_embedding to own",
+        match=r"the first embedding row without a token is 5, outside the embedding's 5 rows; .* "
+        r"or draft.mask_embedding to own",
     ):
         resolve_mask_token_id(None, full, 5)
 
@@ -78,9 +78,9 @@ def test_other_rows_are_refused(explicit: int | None, found: Any, stops: tuple[i
 @pytest.mark.parametrize(
     ("explicit", "found", "stops", "message"),
     [
-        (12, tokenizer(), (12,), "draft.mask_token_id is 12, which is the stop token; set draft.mask_token_id to an id"),
+        (12, tokenizer(), (12,), "draft.mask_token_id is 12, which is the stop token; set draft.mask_token_id to"),
         (2, tokenizer(eos_token_id=2), (), "draft.mask_token_id is 2, which is the eos token"),
-        (4, tokenizer(), (), "draft.mask_token_id is 4, which is the token 'token 4'; set draft.mask_token_id to an id"),
+        (4, tokenizer(), (), "draft.mask_token_id is 4, which is the token 'token 4'; set draft.mask_token_id to"),
     ],
 )
 def test_a_token_is_no_mask_with_an_embedding_of_its_own_either(
