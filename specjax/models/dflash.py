@@ -20,7 +20,7 @@ from specjax.models.sharding import SPECS
 
 ContextKV = tuple[tuple[jax.Array, jax.Array], ...]
 
-TOKEN_IDS = 2**31  # they are int32
+TOKEN_ID_LIMIT = 2**31  # they are int32
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DFlashConfig:
 
     def mask_token_fits(self, vocab_size: int) -> bool:
         """Whether MASK has an embedding beside a target of `vocab_size` embedding rows."""
-        return 0 <= self.mask_token_id < (TOKEN_IDS if self.own_mask_embedding else vocab_size)
+        return 0 <= self.mask_token_id < (TOKEN_ID_LIMIT if self.own_mask_embedding else vocab_size)
 
     @property
     def block(self) -> BlockConfig:

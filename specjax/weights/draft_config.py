@@ -8,7 +8,7 @@ from typing import Any
 from specjax.errors import InputError
 from specjax.models.decoder import LAYER_TYPES, DecoderConfig
 from specjax.models.dflash import (
-    TOKEN_IDS,
+    TOKEN_ID_LIMIT,
     DFlashConfig,
     check_target_layer_ids,
     default_target_layer_ids,
@@ -75,7 +75,7 @@ def draft_config_from_hf(raw: Mapping[str, Any], source: str) -> DFlashConfig:
     }
     values["target_layer_ids"], values["num_target_layers"] = _taps(reader, layers)
     values["own_mask_embedding"] = _own_mask_embedding(reader)
-    if values["mask_token_id"] >= (TOKEN_IDS if values["own_mask_embedding"] else values["vocab_size"]):
+    if values["mask_token_id"] >= (TOKEN_ID_LIMIT if values["own_mask_embedding"] else values["vocab_size"]):
         reader.problem("mask_token_id", f"outside the vocabulary of {values['vocab_size']} rows")
     if reader.get("attention_bias"):
         reader.problem("attention_bias", "a draft has no biases; it must be false")

@@ -64,16 +64,15 @@ class _Unpickler(pickle.Unpickler):
 
 def mask_embedding_bytes(embedding: np.ndarray, mask_token_id: int) -> bytes:
     """The file of `embedding` [d], of one of the float dtypes; equal bytes for equal arguments."""
-    storage = next(name for name, dtype in STORAGES.items() if FLOAT_DTYPES[dtype] == embedding.dtype)
+    (storage,) = (name for name, dtype in STORAGES.items() if FLOAT_DTYPES[dtype] == embedding.dtype)
     size = _integer(len(embedding))
-    pid = b"(" + _text("storage") + _name("torch", storage) + _text("0") + _text("cpu") + size + b"tQ"
-    shape_and_stride = size + b"\x85" + _integer(1) + b"\x85"
-    hooks = _name("collections", "OrderedDict") + b")R"
-    tensor = _name("torch._utils", "_rebuild_tensor_v2") + b"(" + pid + _integer(0) + shape_and_stride
-    tensor += b"\x89" + hooks + b"tR"  # b"\x89": it requires no gradient
-    saved = b"}(" + _text("mask_token_id") + _integer(mask_token_id) + _text("embedding") + tensor + b"u"
+    described = _tuple(_text("storage"), _name("torch", storage), _text("0"), _text("cpu"), size) + pickle.BINPERSID
+    no_hooks = _name("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    arguments = described, _integer(0), _tuple(size), _tuple(_integer(1)), pickle.NEWFALSE, no_hooks
+    tensor = _name("torch._utils", "_rebuild_tensor_v2") + _tuple(*arguments) + pickle.REDUCE
+    items = _text("mask_token_id") + _integer(mask_token_id) + _text("embedding") + tensor
     members = {
-        "data.pkl": b"\x80\x02" + saved + b".",
+        "data.pkl": pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP,
         "byteorder": b"little",
         "data/0": embedding.tobytes(),
         "version": b"3\n",
@@ -86,15 +85,19 @@ def mask_embedding_bytes(embedding: np.ndarray, mask_token_id: int) -> bytes:
 
 
 def _text(value: str) -> bytes:
-    return b"X" + struct.pack("<I", len(value)) + value.encode()
+    return pickle.BINUNICODE + struct.pack("<I", len(value)) + value.encode()
 
 
 def _integer(value: int) -> bytes:
-    return b"J" + struct.pack("<i", value)
+    return pickle.BININT + struct.pack("<i", value)
 
 
 def _name(module: str, name: str) -> bytes:
-    return f"c{module}\n{name}\n".encode()
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _tuple(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
 
 
 def read_mask_embedding(path: Path, config: DFlashConfig) -> np.ndarray:
