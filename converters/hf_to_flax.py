@@ -8,7 +8,17 @@ from collections.abc import Sequence
 import jax
 
 from specjax.errors import exit_on_input_error
-from specjax.weights import is_draft_config, load_draft, load_target, model_folder, save_checkpoint, weights_dtype
+from specjax.models.decoder import Decoder
+from specjax.models.dflash import DFlashDraft
+from specjax.weights import (
+    draft_config_to_hf,
+    is_draft_config,
+    load_draft,
+    load_target,
+    model_folder,
+    save_checkpoint,
+    weights_dtype,
+)
 from specjax.weights.config_fields import read_json
 from specjax.weights.load import CONFIG_FILE
 from specjax.weights.side_files import copy_side_files
@@ -22,9 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder for the Orbax checkpoint and config.json")
     args = parser.parse_args(argv)
     folder = model_folder(args.hf_folder)
-    raw = read_json(folder / CONFIG_FILE)
-    load = load_draft if is_draft_config(raw) else load_target
-    out = save_checkpoint(load(folder, dtype=weights_dtype(folder)), args.out, raw)
+    config, dtype = read_json(folder / CONFIG_FILE), weights_dtype(folder)
+    model: Decoder | DFlashDraft
+    if is_draft_config(config):
+        model = load_draft(folder, dtype=dtype)
+        config = draft_config_to_hf(model.config)  # which also says what the folder says by its files
+    else:
+        model = load_target(folder, dtype=dtype)
+    out = save_checkpoint(model, args.out, config)
     if jax.process_index() == 0:
         copy_side_files(folder, out)
         print(f"{folder} -> {out}")

@@ -128,7 +128,7 @@ def load_models(args: argparse.Namespace) -> Models:
     from specjax import weights
     from specjax.models.decoder import check_mesh_fits
     from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
-    from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
+    from specjax.weights.tokenizer import load_tokenizer, mask_token_warning, stop_token_ids
 
     dtype = jnp.dtype(dtype_name(args))
     target_config = weights.read_target_config(args.target)
@@ -148,9 +148,15 @@ def load_models(args: argparse.Namespace) -> Models:
         weights.check_draft_matches(draft.config, target_config)
         template = tokenizer.get_chat_template() if tokenizer is not None and tokenizer.chat_template else None
         served = weights.target_fingerprint(
-            target, chat_template=template, thinking=json.dumps(args.chat_template_kwargs, sort_keys=True)
+            target,
+            vocab_size=draft.config.vocab_size,
+            chat_template=template,
+            thinking=json.dumps(args.chat_template_kwargs, sort_keys=True),
         )
-        warning = weights.fingerprint_warning(weights.read_fingerprint(folder), served)
-        if warning:
-            print(f"warning: {args.draft}: {warning}", file=sys.stderr)
+        for warning in (
+            weights.fingerprint_warning(weights.read_fingerprint(folder), served),
+            mask_token_warning(draft.config.mask_token_id, tokenizer),
+        ):
+            if warning:
+                print(f"warning: {args.draft}: {warning}", file=sys.stderr)
     return Models(target, draft, tokenizer, stop_token_ids(args.target))

@@ -36,8 +36,9 @@ class TargetConfig(Section):
 class DraftConfig(Section):
     init: str | None = Field(
         None,
-        description="folder, hub id or run of a draft (its latest checkpoint) to start from, of the same taps and mask "
-        "token; the layers that num_layers adds to it change nothing at first; null: random",
+        description="folder, hub id or run of a draft (its latest checkpoint) to start from, of the same taps and, "
+        "unless mask_embedding is own, mask token; the layers that num_layers adds to it change nothing at first; "
+        "null: random",
     )
     num_layers: int = Field(5, ge=1, description="draft layers")
     num_taps: int | None = Field(
@@ -48,7 +49,15 @@ class DraftConfig(Section):
     )
     block_size: int = Field(16, ge=2, description="slots of a block: the anchor and block_size - 1 drafted tokens")
     mask_token_id: int | None = Field(
-        None, ge=0, description="null: the tokenizer's mask token, else the first embedding row without a token"
+        None,
+        ge=0,
+        description="null: the tokenizer's mask token, else the first embedding row without a token, else, with "
+        "mask_embedding own, the first id past the embedding",
+    )
+    mask_embedding: Literal["target", "own"] | None = Field(
+        None,
+        description="target: the target's embedding row mask_token_id; own: a vector that is trained with the draft; "
+        "null: as in the draft to start from, else target",
     )
     sliding_window: int | None = Field(None, ge=1, description="tokens; null: full attention in every draft layer")
 

@@ -104,6 +104,7 @@ COMPARE = ["--compare", "torch"]
         ({}, ["optimizer.name=muon", *COMPARE], "optimizer.name is muon; give adamw"),
         ({}, ["training.accumulation_steps=2", *COMPARE], "training.accumulation_steps is 2; give 1"),
         ({}, ["draft.sliding_window=9", *COMPARE], "draft.sliding_window is 9; give null"),
+        ({}, ["draft.mask_embedding=own", *COMPARE], "draft.mask_embedding is own; give target"),
         ({}, ["--steps", "0"], "--steps is 0; give at least 1"),
         ({}, ["--warmup", "-1"], "--warmup is -1; give at least 0"),
         ({}, ["training.batch_size=3"], "training.batch_size is 3: not a multiple of 8"),

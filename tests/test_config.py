@@ -157,6 +157,7 @@ BAD_OVERRIDES = [
     ("seed=-1", "seed is -1; give at least 0"),
     ("draft.block_size=1", "draft.block_size is 1; give at least 2"),
     ("draft.num_layers=0", "draft.num_layers is 0; give at least 1"),
+    ("draft.mask_embedding=learnt", 'draft.mask_embedding is "learnt"; give target or own'),
     ("draft.num_taps=null", "num_taps is null and target_layer_ids is null; give one of them"),
     ("draft.target_layer_ids=[]", "draft.target_layer_ids is []; give a list of at least 1"),
     ("draft.target_layer_ids=[1, -2]", "draft.target_layer_ids.1 is -2; give at least 0"),

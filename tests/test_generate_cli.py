@@ -6,19 +6,32 @@ import io
 import json
 import shutil
 import statistics
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from transformers import AutoTokenizer
 
 from specjax import generate as decode
 from specjax.data.prompts import chat_prompt
 from specjax.generate import main
-from specjax.weights import load_target
-from tests.model_folders import POSITIONS, STOP_TOKEN, save_draft_for, save_target_with_tokenizer, write_jsonl
+from specjax.models.decoder import Decoder
+from specjax.models.sharding import mesh_scope
+from specjax.weights import flat_params, load_target, save_target, with_params
+from specjax.weights.mask_embedding_file import mask_embedding_bytes
+from tests.model_folders import (
+    MASK_TOKEN,
+    POSITIONS,
+    STOP_TOKEN,
+    save_draft_for,
+    save_target_with_tokenizer,
+    write_jsonl,
+)
 from tests.refusals import refusal
 
 NEW = 12
@@ -134,6 +147,36 @@ def test_a_draft_of_another_chat_is_used_with_a_warning(
     assert "chat template differs" in line
     assert "thinking mode differs" in line
     assert "weights" not in line
+
+
+def test_an_extended_target_is_decoded_and_a_mask_that_became_one_of_its_tokens_told(
+    folder: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One draft embeds MASK itself and has it past the rows, which the extension fills; the other's is special."""
+    target = load_target(folder / "target", dtype=jnp.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    params, rows = flat_params(target), target.config.vocab_size
+    with mesh_scope():
+        longer = Decoder(replace(target.config, vocab_size=rows + 8), rngs=nnx.Rngs(0), dtype=jnp.float32)
+        params["embed_tokens.weight"] = jnp.pad(params["embed_tokens.weight"], ((0, 8), (0, 0)))
+        params["lm_head.kernel"] = jnp.pad(params["lm_head.kernel"], ((0, 0), (0, 8)))
+    save_target(with_params(longer, params), tmp_path / "target", jnp.float32)
+    assert len(tokenizer) == rows
+    tokenizer.add_tokens([f"<i{i}>" for i in range(8)])
+    tokenizer.save_pretrained(tmp_path / "target")
+    answer = decode(load_target(tmp_path / "target", dtype=jnp.float32), prompts[:1], max_new_tokens=NEW).tokens[0]
+    for mask, told in ((MASK_TOKEN, False), (rows, True)):
+        draft = shutil.copytree(folder / "draft", tmp_path / f"draft{mask}")
+        raw = json.loads((draft / "config.json").read_text())
+        raw["dflash_config"]["mask_token_id"] = mask
+        (draft / "config.json").write_text(json.dumps(raw))
+        if told:
+            (draft / "mask_embedding.pt").write_bytes(mask_embedding_bytes(np.ones(32, np.float32), mask))
+        call(tmp_path, *user(TEXTS[0]), "--draft", str(draft), "--jsonl")
+        printed = capsys.readouterr()
+        assert json.loads(printed.out)["tokens"] == answer
+        expected = f"warning: {draft}: its mask token {rows} is the target's token '<i0>'."
+        assert printed.err.startswith(expected) if told else printed.err == ""
 
 
 refused = partial(refusal, main)

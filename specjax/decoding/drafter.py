@@ -74,7 +74,7 @@ class DFlashDrafter:
         config = self.model.config
         masks = jnp.full((last_token_b.shape[0], config.block_size - 1), config.mask_token_id, jnp.int32)
         block = jnp.concatenate([last_token_b[:, None], jax.reshard(masks, SPECS.act_bt)], axis=1)
-        noise = target.embed(block)[:, None]
+        noise = self.model.embed_noise(target, block)[:, None]
         context_kv = tuple(zip(state.keys, state.values, strict=True))
         stop = length_b[:, None]
         hidden = self.model(noise, context_kv, jnp.zeros_like(stop), stop)[:, 0, 1:]

@@ -18,7 +18,7 @@ from specjax.decoding.sampling import Sampling
 from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
-from specjax.models.dflash import DFlashDraft
+from specjax.models.dflash import DFlashDraft, target_mismatches
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 
@@ -245,14 +245,10 @@ def _check_models(target: Decoder, drafter: Drafter | None, draft_tokens: int | 
             raise InputError(f"draft_tokens is {draft_tokens}, but there is no draft; give one or leave it out")
         return 0
     if isinstance(drafter, DFlashDrafter):
-        ours, theirs = drafter.model.config, target.config
-        for name, mine, its in (
-            ("hidden_size", ours.hidden_size, theirs.hidden_size),
-            ("vocab_size", ours.vocab_size, theirs.vocab_size),
-            ("number of target layers", ours.num_target_layers, theirs.num_hidden_layers),
-        ):
-            if mine != its:
-                raise InputError(f"the draft's {name} is {mine}, the target's {its}; use the target it was trained for")
+        problems = target_mismatches(drafter.model.config, target.config)
+        if problems:
+            wrong = "; ".join(problems)
+            raise InputError(f"the draft does not fit the target: {wrong}; use the target it was trained for")
     most = drafter.block_size - 1
     width = most if draft_tokens is None else draft_tokens
     if not 1 <= width <= most:

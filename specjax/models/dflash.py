@@ -2,7 +2,7 @@
 
 Every layer takes its queries from the noise stream (the block's tokens) and its keys and values from the context
 (the target's tapped hidden states, fused once and shared by all layers) and the noise, through the same k and v
-projections. Embedding and head are the target's and stay outside this module.
+projections. Embedding and head are the target's and stay outside this module; the embedding of MASK may be its own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax.models.attention import DEFAULT_QUERY_CHUNK, KeySegment, attention
-from specjax.models.decoder import BlockConfig, DecoderConfig, DecoderLayer, check_heads, check_layer_types
+from specjax.models.decoder import BlockConfig, Decoder, DecoderConfig, DecoderLayer, check_heads, check_layer_types
 from specjax.models.layers import Linear, RMSNorm, RopeConfig, rotary_tables
 from specjax.models.sharding import SPECS
 
 ContextKV = tuple[tuple[jax.Array, jax.Array], ...]
+
+TOKEN_ID_LIMIT = 2**31  # they are int32
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class DFlashConfig:
 
     target_layer_ids: tapped target layers, zero-based (the OUTPUT of decoder layer l, HF `hidden_states[l + 1]`).
     sliding_causal: causality inside the block, on sliding-window layers only; full layers are bidirectional.
+    own_mask_embedding: MASK is embedded by a parameter of the draft instead of the target's row `mask_token_id`, which
+    may then be any id without a token, also one past the target's embedding.
     """
 
     hidden_size: int
@@ -46,6 +50,7 @@ class DFlashConfig:
     layer_types: tuple[str, ...] = ()
     sliding_window: int | None = None
     sliding_causal: bool = False
+    own_mask_embedding: bool = False
 
     def __post_init__(self) -> None:
         if not self.layer_types:
@@ -54,9 +59,13 @@ class DFlashConfig:
         check_heads(self.num_attention_heads, self.num_key_value_heads)
         if self.block_size < 2:
             raise ValueError(f"block_size {self.block_size} drafts nothing; it must be at least 2")
-        if not 0 <= self.mask_token_id < self.vocab_size:
+        if not self.mask_token_fits(self.vocab_size):
             raise ValueError(f"mask_token_id {self.mask_token_id} is outside the vocabulary of {self.vocab_size} rows")
         check_target_layer_ids(self.target_layer_ids, self.num_target_layers)
+
+    def mask_token_fits(self, vocab_size: int) -> bool:
+        """Whether MASK has an embedding beside a target of `vocab_size` embedding rows."""
+        return 0 <= self.mask_token_id < (TOKEN_ID_LIMIT if self.own_mask_embedding else vocab_size)
 
     @property
     def block(self) -> BlockConfig:
@@ -80,6 +89,7 @@ class DFlashConfig:
         mask_token_id: int,
         target_layer_ids: tuple[int, ...],
         sliding_window: int | None = None,
+        own_mask_embedding: bool = False,
     ) -> DFlashConfig:
         """The default draft of a target: its shape and rope theta, no rope scaling, no attention bias.
 
@@ -103,6 +113,7 @@ class DFlashConfig:
             num_target_layers=target.num_hidden_layers,
             layer_types=(kind,) * num_layers,
             sliding_window=sliding_window,
+            own_mask_embedding=own_mask_embedding,
         )
 
 
@@ -136,8 +147,31 @@ def check_target_layer_ids(ids: tuple[int, ...], num_target_layers: int) -> None
         )
 
 
+def target_mismatches(draft: DFlashConfig, target: DecoderConfig) -> list[str]:
+    """What keeps `draft` from drafting for `target`, one phrase each.
+
+    Embedding and head are the target's, so its vocabulary may have grown since the draft was trained, or shrunk, as
+    long as it still has MASK's row.
+    """
+    pairs = (
+        ("hidden_size", draft.hidden_size, "hidden_size", target.hidden_size),
+        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.num_hidden_layers),
+    )
+    problems = [f"{a} is {x}, the target's {b} is {y}" for a, x, b, y in pairs if x != y]
+    if not draft.mask_token_fits(target.vocab_size):
+        problems.append(f"mask_token_id is {draft.mask_token_id}, the target's vocab_size is {target.vocab_size}")
+    try:
+        check_target_layer_ids(draft.target_layer_ids, target.num_hidden_layers)
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
 class DFlashDraft(nnx.Module):
-    """The draft's parameters and its three computations: context, context keys/values, and the block forward."""
+    """The draft's parameters and its computations: noise embedding, context, its keys/values, and the block forward.
+
+    mask_embedding: [d], zero until it is trained or loaded; None where MASK is embedded by the target.
+    """
 
     def __init__(
         self,
@@ -158,6 +192,21 @@ class DFlashDraft(nnx.Module):
             for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, param_dtype=param_dtype)
+        mask = jax.reshard(jnp.zeros((config.hidden_size,), param_dtype), SPECS.mask_embedding_d)
+        self.mask_embedding = nnx.Param(mask) if config.own_mask_embedding else None
+
+    def embed_noise(self, target: Decoder, noise_ids: jax.Array) -> jax.Array:
+        """Embeds the slots of blocks, ids [b, ...] int32 -> [b, ..., d], for training, evaluation and decoding alike.
+
+        With a mask embedding of the draft's own, the target's table is never asked for MASK.
+        """
+        if self.mask_embedding is None:
+            return target.embed(noise_ids)
+        masked = noise_ids == self.config.mask_token_id
+        embedded = target.embed(jnp.where(masked, 0, noise_ids))
+        row = self.mask_embedding[...]
+        # Chosen in the parameter's dtype, so that its gradient is summed over the slots in that.
+        return jnp.where(masked[..., None], row, embedded.astype(row.dtype)).astype(embedded.dtype)
 
     def context(self, taps_btm: jax.Array) -> jax.Array:
         """Fuses the target's tapped hidden states [b, t, m] into the context [b, t, d]."""

@@ -118,6 +118,10 @@ class Embedding(nnx.Module):
         tokens = jax.reshard(tokens, P(BATCH, *tail))
         return jax.shard_map(lookup, out_specs=P(BATCH, *tail, None))(weight, tokens)
 
+    def mean(self) -> jax.Array:
+        """The mean of all rows, [d] float32, the same on every device."""
+        return jax.reshard(jnp.mean(self.weight[...].astype(jnp.float32), axis=0), P(None))
+
 
 class MLP(nnx.Module):
     """SwiGLU: `down(silu(gate(x)) * up(x))`."""

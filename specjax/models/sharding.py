@@ -34,6 +34,7 @@ class Specs:
     column_bias_o: P = P("tensor")
     replicated_bias_o: P = P(None)
     norm_d: P = P(None)
+    mask_embedding_d: P = P(None)
     # Activations.
     act_b: P = P(BATCH)
     act_bt: P = P(BATCH, None)

@@ -97,7 +97,7 @@ class BlockDiffusionLoss:
         positions = jnp.arange(documents.shape[1], dtype=jnp.int32) - document_starts(documents)
         context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(taps)), positions)
         start, stop = context_ranges(documents, anchors)
-        noise = target.embed(noise_ids)
+        noise = draft.embed_noise(target, noise_ids)
         hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)
         return self.of_hidden(hidden, target, labels, self.slots(draft, batch), teacher)
 

@@ -22,7 +22,7 @@ from specjax.training.evaluation import Answers, causal_lm_evaluator, draft_eval
 from specjax.training.metrics import Evaluation
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.training.step import LossFunction
-from specjax.training.warm_start import grown_config, warm_started
+from specjax.training.warm_start import grown_config, initial_config, warm_started
 from specjax.weights import (
     decoder_config_to_hf,
     draft_config_to_hf,
@@ -87,9 +87,9 @@ def draft_task_of(config: RunConfig, target: Decoder) -> Task:
         query_chunk=config.training.attention_chunk,
         remat=config.training.remat,
     )
-    model = jax.jit(lambda: DFlashDraft(draft_config, rngs=nnx.Rngs(config.seed), dtype=compute_dtype(config)))()
+    model = random_draft(draft_config, target, config.seed, compute_dtype(config))
     return Task(
-        model=model if config.draft.init is None else warm_started(model, config.draft.init),
+        model=model if config.draft.init is None else warm_started(model, target, config.draft.init),
         loss=loss,
         frozen=target,
         evaluator=lambda batches, answers: draft_evaluator(loss, target, batches, answers),
@@ -114,10 +114,25 @@ def _chunk_blocks(config: RunConfig, vocab_size: int) -> int:
     return -(-config.data.num_anchors // chunks)
 
 
+def random_draft(config: DFlashConfig, target: Decoder, seed: int, dtype: Any) -> DFlashDraft:
+    """A draft of random float32 parameters; a mask embedding of its own starts as the mean of `target`'s rows."""
+
+    @jax.jit
+    def make(target: Decoder) -> DFlashDraft:
+        draft = DFlashDraft(config, rngs=nnx.Rngs(seed), dtype=dtype)
+        if draft.mask_embedding is not None:
+            draft.mask_embedding[...] = target.embed_tokens.mean()
+        return draft
+
+    return make(target)
+
+
 def draft_config_of(config: RunConfig) -> DFlashConfig:
-    """The draft's architecture: the config's settings, completed from the target's."""
+    """The draft's architecture: the config's settings, completed from the target's and from that of `draft.init`."""
     target = read_target_config(config.target.path)
     draft = config.draft
+    old = None if draft.init is None else initial_config(draft.init)
+    own = draft.mask_embedding == "own" or (draft.mask_embedding is None and old is not None and old.own_mask_embedding)
     try:
         taps = draft.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, draft.num_taps or 0)
         fresh = DFlashConfig.for_target(
@@ -129,13 +144,15 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
                 load_tokenizer(config.target.path),
                 target.vocab_size,
                 stop_token_ids(config.target.path),
+                own=own,
             ),
             target_layer_ids=tuple(taps),
             sliding_window=draft.sliding_window,
+            own_mask_embedding=own,
         )
     except ValueError as error:
         raise InputError(f"draft: {error}") from error
-    return fresh if draft.init is None else grown_config(draft, fresh)
+    return fresh if old is None else grown_config(draft, old, fresh)
 
 
 def causal_lm_task(config: RunConfig) -> Task:

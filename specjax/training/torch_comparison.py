@@ -46,6 +46,7 @@ def check_comparable(config: RunConfig) -> None:
             ("training.accumulation_steps", config.training.accumulation_steps, 1),
             ("draft.sliding_window", config.draft.sliding_window, "null"),
             ("draft.init", config.draft.init, "null"),
+            ("draft.mask_embedding", config.draft.mask_embedding, "target"),
             ("JAX's backend", backend, "cpu, by JAX_PLATFORMS=cpu"),
         )
         if value is not None and str(value) != str(wanted).partition(",")[0]

@@ -7,30 +7,35 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from specjax.config_sections import DraftConfig
 from specjax.errors import InputError
+from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashConfig, DFlashDraft
+from specjax.models.sharding import BATCH, SPECS, axis_size, put
 from specjax.weights import flat_params, load_draft, load_run_draft, read_draft_config, with_params
 from specjax.weights.config_fields import read_json
-from specjax.weights.draft_config import draft_config_from_hf
+from specjax.weights.draft_config import MASK_EMBEDDING, draft_config_from_hf
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
 
 RESIDUAL_OUTPUTS = ("self_attn.o_proj.", "mlp.down_proj.")  # zero, they make a layer the identity
 
 
-def grown_config(settings: DraftConfig, fresh: DFlashConfig) -> DFlashConfig:
-    """The architecture of a draft that starts from `settings.init`; `fresh` is what the settings alone would give.
+def grown_config(settings: DraftConfig, old: DFlashConfig, fresh: DFlashConfig) -> DFlashConfig:
+    """The architecture of a draft that starts from `old`; `fresh` is what the settings alone would give.
 
     Shape, rope and the kinds of its layers are those of the draft it starts from; added layers are of the last kind.
+    The target may have got more embedding rows since; another mask token needs a mask embedding of the draft's own.
 
     Raises:
         InputError: it belongs to another target, or the settings name other taps, another mask token, another window,
             or fewer layers.
     """
-    assert settings.init is not None
-    old = _config(settings.init)
-    fixed = ("hidden_size", "vocab_size", "num_target_layers", "target_layer_ids", "mask_token_id")
+    fixed = ["hidden_size", "num_target_layers", "target_layer_ids"]
+    if not (old.own_mask_embedding or fresh.own_mask_embedding):
+        fixed.append("mask_token_id")
     problems = [
         f"{name} is {_shown(getattr(old, name))}, here {_shown(getattr(fresh, name))}"
         for name in fixed
@@ -41,24 +46,33 @@ def grown_config(settings: DraftConfig, fresh: DFlashConfig) -> DFlashConfig:
     if fresh.num_hidden_layers < old.num_hidden_layers:
         problems.append(f"num_layers is {old.num_hidden_layers}, here {fresh.num_hidden_layers}; it can only grow")
     if problems:
-        raise InputError(f"draft.init {settings.init} does not fit: {'; '.join(problems)}; set draft.* to its values")
+        remedy = "set draft.* to its values"
+        if "mask_token_id" in fixed and old.mask_token_id != fresh.mask_token_id:
+            remedy += ", or draft.mask_embedding to own for another mask token"
+        raise InputError(f"draft.init {settings.init} does not fit: {'; '.join(problems)}; {remedy}")
     added = fresh.num_hidden_layers - old.num_hidden_layers
     return replace(
         old,
         num_hidden_layers=fresh.num_hidden_layers,
         layer_types=old.layer_types + old.layer_types[-1:] * added,
         block_size=fresh.block_size,
+        vocab_size=fresh.vocab_size,
+        mask_token_id=fresh.mask_token_id,
+        own_mask_embedding=fresh.own_mask_embedding,
     )
 
 
-def warm_started(draft: DFlashDraft, path: str) -> DFlashDraft:
+def warm_started(draft: DFlashDraft, target: Decoder, path: str) -> DFlashDraft:
     """`draft`, of a `grown_config`, with the weights of the draft at `path`; it computes what that one does.
 
-    Layers that were added keep their random weights but for the outputs of attention and MLP, which are zero: they
-    hand on what they get, and learn from the first step on.
+    A mask embedding that the other does not have starts as the row of `target` that the other uses instead. Layers
+    that were added keep their random weights but for the outputs of attention and MLP, which are zero: they hand on
+    what they get, and learn from the first step on.
     """
     old = load_run_draft(path) if _is_run(path) else load_draft(path, dtype=jnp.float32, param_dtype=jnp.float32)
     known = flat_params(old)
+    if old.mask_embedding is None and old.config.mask_token_fits(target.config.vocab_size):
+        known[MASK_EMBEDDING] = _embedding_row(target, old.config.mask_token_id)
 
     def initial(name: str, value: jax.Array) -> jax.Array:
         if name in known:
@@ -68,11 +82,18 @@ def warm_started(draft: DFlashDraft, path: str) -> DFlashDraft:
     return with_params(draft, {name: initial(name, value) for name, value in flat_params(draft).items()})
 
 
+def _embedding_row(target: Decoder, token: int) -> jax.Array:
+    """[d], the same on every device."""
+    row_per_shard = put(np.full((axis_size(*BATCH), 1), token, np.int32), SPECS.act_bt)
+    return jax.reshard(target.embed(row_per_shard), P(None, None, None))[0, 0]
+
+
 def _is_run(path: str) -> bool:
     return (Path(path) / RUN_DRAFT_CONFIG).exists()
 
 
-def _config(path: str) -> DFlashConfig:
+def initial_config(path: str) -> DFlashConfig:
+    """The architecture of the draft at `draft.init`: a folder, a hub id or a run. Raises InputError without one."""
     if not _is_run(path):
         try:
             return read_draft_config(path)

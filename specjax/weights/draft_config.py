@@ -7,7 +7,13 @@ from typing import Any
 
 from specjax.errors import InputError
 from specjax.models.decoder import LAYER_TYPES, DecoderConfig
-from specjax.models.dflash import DFlashConfig, check_target_layer_ids, default_target_layer_ids
+from specjax.models.dflash import (
+    TOKEN_ID_LIMIT,
+    DFlashConfig,
+    check_target_layer_ids,
+    default_target_layer_ids,
+    target_mismatches,
+)
 from specjax.weights.config_fields import REFUSED, ConfigReader, raise_problems, read_rope, rope_to_hf_both
 from specjax.weights.hf_config import (
     DEFAULT_RMS_NORM_EPS,
@@ -31,6 +37,8 @@ EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "use_swa": (False, None),
 }
 SHARED_FIELDS = ("block_size", "mask_token_id", "target_layer_ids", "num_target_layers")
+# The draft's parameter, and the key of `dflash_config` that says it has one (servers go by `mask_embedding.pt` alone).
+MASK_EMBEDDING, OWN = "mask_embedding", "own"
 
 
 def is_draft_config(raw: Mapping[str, Any]) -> bool:
@@ -66,7 +74,8 @@ def draft_config_from_hf(raw: Mapping[str, Any], source: str) -> DFlashConfig:
         "sliding_causal": _sliding_causal(reader, layer_types),
     }
     values["target_layer_ids"], values["num_target_layers"] = _taps(reader, layers)
-    if values["mask_token_id"] >= values["vocab_size"]:
+    values["own_mask_embedding"] = _own_mask_embedding(reader)
+    if values["mask_token_id"] >= (TOKEN_ID_LIMIT if values["own_mask_embedding"] else values["vocab_size"]):
         reader.problem("mask_token_id", f"outside the vocabulary of {values['vocab_size']} rows")
     if reader.get("attention_bias"):
         reader.problem("attention_bias", "a draft has no biases; it must be false")
@@ -95,6 +104,8 @@ def draft_config_to_hf(config: DFlashConfig) -> dict[str, Any]:
         "target_layer_ids": list(config.target_layer_ids),
         "block_size": config.block_size,
     }
+    if config.own_mask_embedding:
+        dflash[MASK_EMBEDDING] = OWN
     result: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE}
     result |= {name: getattr(config, name) for name in same.split()}
     result |= {
@@ -114,16 +125,7 @@ def draft_config_to_hf(config: DFlashConfig) -> dict[str, Any]:
 
 def check_draft_matches(draft: DFlashConfig, target: DecoderConfig) -> None:
     """Raises InputError listing every way in which `draft` was not made for `target`."""
-    pairs = (
-        ("hidden_size", draft.hidden_size, "hidden_size", target.hidden_size),
-        ("vocab_size", draft.vocab_size, "vocab_size", target.vocab_size),
-        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.num_hidden_layers),
-    )
-    problems = [f"{a} is {x}, the target's {b} is {y}" for a, x, b, y in pairs if x != y]
-    try:
-        check_target_layer_ids(draft.target_layer_ids, target.num_hidden_layers)
-    except ValueError as error:
-        problems.append(str(error))
+    problems = target_mismatches(draft, target)
     if problems:
         problems.append("use the target this draft was trained for")
     raise_problems("the draft does not fit the target", problems)
@@ -146,8 +148,8 @@ def _flattened(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     problems = []
     flat = dict(raw)
     for name, value in inner.items():
-        if name == "causal":
-            flat["dflash_config.causal"] = value
+        if name in ("causal", MASK_EMBEDDING):
+            flat[f"dflash_config.{name}"] = value
         elif name in EXTENSIONS:
             if value not in EXTENSIONS[name]:
                 problems.append(f"dflash_config.{name} is {value!r}: this extension of DFlash is not supported")
@@ -179,6 +181,13 @@ def _sliding_causal(reader: ConfigReader, layer_types: tuple[str, ...]) -> bool:
         reader.problem(said[0][0], "would make full-attention layers causal, which is not supported")
     slides = LAYER_TYPES[1] in layer_types
     return slides if not said else slides and bool(said[0][1])
+
+
+def _own_mask_embedding(reader: ConfigReader) -> bool:
+    said = reader.get(f"dflash_config.{MASK_EMBEDDING}")
+    if said not in (None, OWN):
+        reader.problem(f"dflash_config.{MASK_EMBEDDING}", f"must be {OWN!r} or absent")
+    return said is not None
 
 
 def _taps(reader: ConfigReader, num_layers: int) -> tuple[tuple[int, ...], int]:

@@ -49,10 +49,15 @@ class TargetFingerprint:
 
 
 def target_fingerprint(
-    target: Decoder, *, chat_template: str | None = None, thinking: str | None = None
+    target: Decoder, *, vocab_size: int | None = None, chat_template: str | None = None, thinking: str | None = None
 ) -> TargetFingerprint:
-    """The fingerprint of `target` as it is served; equal whether it was loaded in bf16 or fp32, on any mesh."""
-    rows = np.linspace(0, target.config.vocab_size - 1, SAMPLED_ROWS).astype(np.int32)
+    """The fingerprint of `target` as it is served; equal whether it was loaded in bf16 or fp32, on any mesh.
+
+    vocab_size: of the target that a recorded fingerprint is of. A target that has since got more embedding rows, and
+    kept its own, has the same.
+    """
+    known = target.config.vocab_size if vocab_size is None else min(vocab_size, target.config.vocab_size)
+    rows = np.linspace(0, known - 1, SAMPLED_ROWS).astype(np.int32)
     with mesh_scope():
         copies = np.tile(rows, (axis_size(*BATCH), 1))
         embedded = target.embed(put(copies, SPECS.act_bt)).astype(jnp.bfloat16)

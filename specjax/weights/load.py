@@ -21,13 +21,14 @@ from jax.sharding import PartitionSpec as P
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig
 from specjax.models.dflash import DFlashConfig, DFlashDraft
-from specjax.models.sharding import mesh_scope
+from specjax.models.sharding import SPECS, mesh_scope, put
 from specjax.weights.config_fields import raise_problems, read_json
-from specjax.weights.draft_config import draft_config_from_hf, is_draft_config
+from specjax.weights.draft_config import MASK_EMBEDDING, OWN, draft_config_from_hf, is_draft_config
 from specjax.weights.hf_config import decoder_config_from_hf
 from specjax.weights.key_tables import DRAFT_KEYS, LM_HEAD, TARGET_KEYS, KeyTable, Transform
+from specjax.weights.mask_embedding_file import MASK_EMBEDDING_FILE, read_mask_embedding
 from specjax.weights.module_params import Module, abstract_module, flat_params, with_params
-from specjax.weights.safetensors_files import FLOAT_DTYPES, TensorFiles, model_folder, open_tensors
+from specjax.weights.safetensors_files import DTYPE_NAMES, FLOAT_DTYPES, TensorFiles, model_folder, open_tensors
 
 CONFIG_FILE = "config.json"
 SHOWN_NAMES = 20  # names listed of one kind of problem; a wrong folder would otherwise print thousands
@@ -54,7 +55,11 @@ def load_target(path_or_id: str | Path, *, dtype: Any = jnp.bfloat16, param_dtyp
 def load_draft(path_or_id: str | Path, *, dtype: Any = jnp.bfloat16, param_dtype: Any = None) -> DFlashDraft:
     """The DFlash draft of a z-lab folder or hub id, on the mesh in force; arguments and errors as `load_target`'s."""
     folder = model_folder(path_or_id)
-    return _load(folder, DRAFT_KEYS, partial(DFlashDraft, read_draft_config(folder)), dtype, param_dtype, tied=False)
+    config = read_draft_config(folder)
+    own = {}
+    if config.own_mask_embedding:
+        own[MASK_EMBEDDING] = read_mask_embedding(folder / MASK_EMBEDDING_FILE, config)
+    return _load(folder, DRAFT_KEYS, partial(DFlashDraft, config), dtype, param_dtype, tied=False, vectors=own)
 
 
 def read_target_config(path_or_id: str | Path) -> DecoderConfig:
@@ -67,32 +72,52 @@ def read_target_config(path_or_id: str | Path) -> DecoderConfig:
 
 
 def read_draft_config(path_or_id: str | Path) -> DFlashConfig:
-    """The architecture of a draft folder or hub id, without its weights."""
+    """The architecture of a draft folder or hub id, without its weights.
+
+    A mask embedding beside the weights is the draft's own whether or not config.json says so, as for servers.
+    """
     folder = model_folder(path_or_id)
-    return draft_config_from_hf(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    raw = read_json(folder / CONFIG_FILE)
+    if (folder / MASK_EMBEDDING_FILE).exists():
+        raw["dflash_config"] = (raw.get("dflash_config") or {}) | {MASK_EMBEDDING: OWN}
+    return draft_config_from_hf(raw, str(folder / CONFIG_FILE))
 
 
 def weights_dtype(path_or_id: str | Path) -> np.dtype:
     """The widest dtype that arrays of a folder's tensors need: the files' own; fp32 where they mix or hold F64."""
-    names = {info.dtype for info in open_tensors(model_folder(path_or_id)).infos.values()}
+    folder = model_folder(path_or_id)
+    names = {info.dtype for info in open_tensors(folder).infos.values()}
+    if (folder / MASK_EMBEDDING_FILE).exists():
+        row = read_mask_embedding(folder / MASK_EMBEDDING_FILE, read_draft_config(folder))
+        names.add(DTYPE_NAMES[row.dtype])
     known = names & set(FLOAT_DTYPES)
     return FLOAT_DTYPES[known.pop()] if len(known) == 1 and known != {"F64"} else np.dtype(np.float32)
 
 
 def _load(
-    folder: Path, table: KeyTable, module: Callable[..., Module], dtype: Any, param_dtype: Any, *, tied: bool
+    folder: Path,
+    table: KeyTable,
+    module: Callable[..., Module],
+    dtype: Any,
+    param_dtype: Any,
+    *,
+    tied: bool,
+    vectors: Mapping[str, np.ndarray] | None = None,
 ) -> Module:
+    """vectors: parameters [d] from elsewhere than the folder's tensors, by module path."""
+    vectors = vectors or {}
     dtype = jnp.dtype(dtype)
     param_dtype = dtype if param_dtype is None else jnp.dtype(param_dtype)
     with mesh_scope():
         files = open_tensors(folder)
         abstract = abstract_module(lambda: module(rngs=nnx.Rngs(0), dtype=dtype, param_dtype=param_dtype))
-        params = flat_params(abstract)
+        params = {path: param for path, param in flat_params(abstract).items() if path not in vectors}
         plan, problems = plan_loading(files, table, params, tied=tied)
         raise_problems(str(folder), files.problems + problems)
         if tied and LM_HEAD in files.infos:
             _check_tied_head(folder, files, params["embed_tokens.weight"], plan["embed_tokens.weight"][0])
         arrays = {path: _read_sharded(files, *plan[path], params[path]) for path in params}
+        arrays |= {path: put(x.astype(param_dtype), SPECS.mask_embedding_d) for path, x in vectors.items()}
         return with_params(abstract, arrays)
 
 

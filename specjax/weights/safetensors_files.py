@@ -24,7 +24,10 @@ EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "embedded_target"
 ALIGNMENT = 64  # bytes; XLA copies host arrays that are aligned less
 HEADER_LENGTH = struct.Struct("<Q")
 METADATA = "__metadata__"
-HUB_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "*.model")
+HUB_PATTERNS = (
+    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "*.model"),
+    "mask_embedding.pt",
+)
 
 # The header's dtype names of weights that can be loaded. Integers and float8 are quantised formats with scales of
 # their own: reading them as numbers would give garbage.

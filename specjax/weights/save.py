@@ -17,18 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
 
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import mesh_scope
 from specjax.weights.config_fields import IGNORED, raise_problems
-from specjax.weights.draft_config import draft_config_to_hf
+from specjax.weights.draft_config import MASK_EMBEDDING, draft_config_to_hf
 from specjax.weights.fingerprint import FINGERPRINT_FILE, TargetFingerprint
 from specjax.weights.hf_config import decoder_config_to_hf
 from specjax.weights.key_tables import DRAFT_KEYS, TARGET_KEYS, KeyTable, Transform
 from specjax.weights.load import CONFIG_FILE
+from specjax.weights.mask_embedding_file import MASK_EMBEDDING_FILE, mask_embedding_bytes
 from specjax.weights.module_params import flat_params
 from specjax.weights.safetensors_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, write_safetensors
 
@@ -52,25 +52,39 @@ def save_target(
     raise_problems(str(folder), shaping)
     config = decoder_config_to_hf(decoder.config) | extra | {"dtype": jnp.dtype(dtype).name}
     files = {CONFIG_FILE: _json_text(config)}
-    return _save(decoder, Path(folder), TARGET_KEYS, jnp.dtype(dtype), files, SHARD_BYTES)
+    return _save(flat_params(decoder), Path(folder), TARGET_KEYS, jnp.dtype(dtype), files, SHARD_BYTES)
 
 
 def save_draft(draft: DFlashDraft, folder: str | Path, *, fingerprint: TargetFingerprint | None) -> Path:
     """Writes `draft` in the z-lab layout: config.json, one bf16 model.safetensors, and the target's fingerprint.
 
-    The fingerprint is a file of its own, `specjax.json`, which servers pass over; None where the target is unknown.
+    A mask embedding of the draft's own is a file too, `mask_embedding.pt`, in bf16. The fingerprint is `specjax.json`,
+    which servers pass over; None where the target is unknown.
     """
+    dtype = jnp.dtype(jnp.bfloat16)
     files = {CONFIG_FILE: _json_text(draft_config_to_hf(draft.config))}
     if fingerprint is not None:
         files[FINGERPRINT_FILE] = _json_text(fingerprint.to_json())
-    return _save(draft, Path(folder), DRAFT_KEYS, jnp.dtype(jnp.bfloat16), files, None)
+    params = flat_params(draft)
+    mask_embedding = params.pop(MASK_EMBEDDING, None)
+    if mask_embedding is not None:
+        with mesh_scope():
+            row = _fetch(mask_embedding, "copy", dtype)
+        files[MASK_EMBEDDING_FILE] = mask_embedding_bytes(row, draft.config.mask_token_id)
+    return _save(params, Path(folder), DRAFT_KEYS, dtype, files, None)
 
 
 def _save(
-    module: nnx.Module, folder: Path, table: KeyTable, dtype: np.dtype, texts: dict[str, str], limit: int | None
+    params: Mapping[str, jax.Array],
+    folder: Path,
+    table: KeyTable,
+    dtype: np.dtype,
+    others: dict[str, bytes],
+    limit: int | None,
 ) -> Path:
+    """Writes `params` as safetensors, and `others` as they are."""
     with mesh_scope(), _replacing(folder) as new:
-        shards = _shards(module, table, dtype, limit)
+        shards = _shards(params, table, dtype, limit)
         count = len(shards)
         weight_map: dict[str, str] = {}
         for number, rows in enumerate(shards, 1):
@@ -79,18 +93,18 @@ def _save(
             _write(None if new is None else new / name, rows, dtype)
         if count > 1:
             total = sum(array.size for rows in shards for _, _, array in rows) * dtype.itemsize
-            texts[INDEX_FILE] = _json_text({"metadata": {"total_size": total}, "weight_map": weight_map})
+            others[INDEX_FILE] = _json_text({"metadata": {"total_size": total}, "weight_map": weight_map})
         if new is not None:
-            for name, text in texts.items():
-                (new / name).write_text(text, encoding="utf-8")
+            for name, content in others.items():
+                (new / name).write_bytes(content)
     return folder
 
 
-def _shards(module: nnx.Module, table: KeyTable, dtype: np.dtype, limit: int | None) -> list[list[Row]]:
-    """The module's tensors under their file names, cut into files of at most `limit` bytes."""
+def _shards(params: Mapping[str, jax.Array], table: KeyTable, dtype: np.dtype, limit: int | None) -> list[list[Row]]:
+    """A module's tensors under their file names, cut into files of at most `limit` bytes."""
     shards: list[list[Row]] = [[]]
     filled = 0
-    for path, array in flat_params(module).items():
+    for path, array in params.items():
         nbytes = array.size * dtype.itemsize
         if limit is not None and shards[-1] and filled + nbytes > limit:
             shards.append([])
@@ -152,15 +166,16 @@ def _move(new: Path, folder: Path) -> None:
         new.rename(folder)
         return
     written = {path.name for path in new.iterdir()}
-    # The config goes last: until then an interrupted overwrite is at worst an old config beside new weights,
-    # which the loader's shape checks see.
-    for name in sorted(written, key=lambda name: (name == CONFIG_FILE, name)):
+    for name in sorted(written - {CONFIG_FILE}):
         os.replace(new / name, folder / name)
-    stale = [*folder.glob("model*.safetensors"), folder / INDEX_FILE]
+    stale = [*folder.glob("model*.safetensors"), folder / INDEX_FILE, folder / MASK_EMBEDDING_FILE]
     for path in stale:
         if path.name not in written:
             path.unlink(missing_ok=True)
+    # The config goes last: until then an interrupted overwrite is at worst an old config beside new weights,
+    # which the loader's shape checks see.
+    os.replace(new / CONFIG_FILE, folder / CONFIG_FILE)
 
 
-def _json_text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
+def _json_text(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

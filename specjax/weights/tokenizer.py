@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,30 +49,64 @@ def stop_token_ids(path_or_id: str | Path) -> tuple[int, ...]:
 
 
 def resolve_mask_token_id(
-    explicit: int | None, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, stop_ids: tuple[int, ...] = ()
+    explicit: int | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    stop_ids: tuple[int, ...] = (),
+    *,
+    own: bool = False,
 ) -> int:
     """The id of MASK: `explicit`, else the tokenizer's mask token, else the first embedding row without a token.
 
+    own: the draft embeds MASK itself, so that the id needs no embedding row; past the rows it may be the first id.
+
     Raises:
-        InputError: there is none, it is outside the embedding, or it is a pad, eos or unk token (a mask that occurs
-            in ordinary text teaches the draft nothing and has been shipped as such).
+        InputError: there is none, it is outside the embedding, it is a pad, eos or unk token, or one of ordinary text
+            (where text holds it, the draft takes it for MASK; such masks have been shipped).
     """
     if explicit is not None:
         mask, origin = explicit, "draft.mask_token_id"
-    elif tokenizer is None:
-        raise InputError("draft.mask_token_id: the target has no tokenizer to take it from; set it")
-    elif tokenizer.mask_token_id is not None:
+    elif tokenizer is not None and tokenizer.mask_token_id is not None:
         mask, origin = tokenizer.mask_token_id, "the tokenizer's mask token"
+    elif tokenizer is None and not own:
+        raise InputError("draft.mask_token_id: the target has no tokenizer to take it from; set it")
     else:
-        taken_ids = set(tokenizer.get_vocab().values())
-        unused = (i for i in range(vocab_size) if i not in taken_ids)
-        mask, origin = next(unused, vocab_size), "the first embedding row without a token"
-    if not 0 <= mask < vocab_size:
-        raise InputError(f"{origin} is {mask}, outside the embedding's {vocab_size} rows; set draft.mask_token_id")
+        taken_ids = set(range(vocab_size) if tokenizer is None else tokenizer.get_vocab().values())
+        mask = next(i for i in itertools.count() if i not in taken_ids)
+        origin = "the first embedding row without a token"
+    remedy = "set draft.mask_token_id to an id without a token"
+    if not own:
+        remedy = "set draft.mask_token_id to a row without a token, or draft.mask_embedding to own, which needs no row"
+        if mask >= vocab_size:
+            raise InputError(f"{origin} is {mask}, outside the embedding's {vocab_size} rows; {remedy}")
     taken = {"stop": set(stop_ids)}
     if tokenizer is not None:
         taken |= {name: {getattr(tokenizer, f"{name}_token_id")} for name in ("pad", "eos", "unk")}
     for name, ids in taken.items():
         if mask in ids:
-            raise InputError(f"{origin} is {mask}, which is the {name} token; set draft.mask_token_id to an unused row")
+            raise InputError(f"{origin} is {mask}, which is the {name} token; {remedy}")
+    token = ordinary_token(tokenizer, mask)
+    if token is not None:
+        raise InputError(f"{origin} is {mask}, which is the token {token!r}; {remedy}")
     return mask
+
+
+def ordinary_token(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> str | None:
+    """The token of an id that text may hold; None for an id without a token or of a special one, such as a reserved."""
+    if tokenizer is None or token_id == tokenizer.mask_token_id:
+        return None
+    added = tokenizer.added_tokens_decoder.get(token_id)
+    if added is not None and added.special:
+        return None
+    return next((token for token, i in tokenizer.get_vocab().items() if i == token_id), None)
+
+
+def mask_token_warning(mask_token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """One sentence where MASK of a draft is a token of the text that is served, as after an extension; or None."""
+    token = ordinary_token(tokenizer, mask_token_id)
+    if token is None:
+        return None
+    return (
+        f"its mask token {mask_token_id} is the target's token {token!r}. Output stays exact, but expect it slower; "
+        "train the draft on, with draft.init and draft.mask_embedding=own."
+    )

@@ -91,9 +91,9 @@ def test_draft_tokens_must_fit_the_block(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 64}, "the draft's hidden_size is 64, the target's 32"),
-        ({"vocab_size": 128}, "the draft's vocab_size is 128, the target's 96"),
-        ({"num_target_layers": 6}, "the draft's number of target layers is 6, the target's 3"),
+        ({"hidden_size": 64}, "the draft does not fit the target: hidden_size is 64, the target's hidden_size is 32"),
+        ({"vocab_size": 128, "mask_token_id": 96}, "mask_token_id is 96, the target's vocab_size is 96"),
+        ({"num_target_layers": 6}, "num_target_layers is 6, the target's num_hidden_layers is 3; use the target"),
     ],
 )
 def test_a_draft_of_another_target_is_refused(

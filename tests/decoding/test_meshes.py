@@ -10,7 +10,7 @@ from specjax.decoding import DFlashDrafter, generate
 from specjax.models.sharding import SPECS, make_mesh, put
 from specjax.weights import flat_params, with_params
 from tests.decoding.oracle import Mixture, oracle, proposals
-from tests.decoding.tiny import FULL, TARGET, Cases, assert_same_tokens, random_draft, random_target
+from tests.decoding.tiny import FULL, OWN_MASK, TARGET, Cases, assert_same_tokens, random_draft, random_target
 
 LIMITS = [40, 1, 24]
 
@@ -24,7 +24,7 @@ def test_three_prompts_decode_as_on_one_device(case: Cases, shape: tuple[int, in
     end = next(i for i, token in enumerate(answers[2]) if token in stops[2]) + 1
     expected = [answers[0][:40], answers[1][:1], answers[2][: min(end, 24)]]
     with jax.set_mesh(make_mesh(*shape)):
-        target, draft = random_target(0), random_draft(0, FULL)
+        target, draft = random_target(0), random_draft(0, OWN_MASK)
         known = put(np.random.default_rng(1).random(table.shape) < 0.6, SPECS.act_bt)
         mixture = Mixture(DFlashDrafter(draft), oracle(table, FULL.block_size), known)
         plain = generate(target, prompts, None, LIMITS, stops)

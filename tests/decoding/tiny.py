@@ -37,6 +37,8 @@ FULL = DFlashConfig.for_target(TARGET, num_layers=2, block_size=4, mask_token_id
 SLIDING = dataclasses.replace(
     FULL, layer_types=("sliding_attention", "full_attention"), sliding_window=5, sliding_causal=True, block_size=8
 )
+# MASK is past every shard of the target's embedding, and embedded by the draft.
+OWN_MASK = dataclasses.replace(FULL, mask_token_id=100, own_mask_embedding=True)
 DRAFTS = {"full": FULL, "sliding": SLIDING}
 OTHER_TARGETS = {
     "sliding": dataclasses.replace(

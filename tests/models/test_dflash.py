@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from flax import nnx
 
 from specjax.models.decoder import DecoderConfig
 from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
-from specjax.models.layers import RopeConfig
+from specjax.models.layers import Embedding, RopeConfig
 from specjax.models.sharding import SPECS, put
 from tests.models.torch_weights import filled
 from tests.torch_draft import TorchDraft, randomised
@@ -119,6 +120,64 @@ def test_gradients_equal_torch_chunked_and_rematerialised(inputs: Inputs) -> Non
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("mask_token_id", [63, 64])
+def test_a_mask_embedding_of_its_own_is_a_row_of_the_table_that_learns(mask_token_id: int, inputs: Inputs) -> None:
+    """In torch it is a row of an embedding; the target's table here holds another at this id, or none."""
+    config = dataclasses.replace(FULL, mask_token_id=mask_token_id, own_mask_embedding=True)
+    reference = randomised(TorchDraft(config), seed=1)
+    rng = np.random.default_rng(2)
+    table = rng.standard_normal((65, FULL.hidden_size)).astype(np.float32)
+    ids = rng.integers(0, 63, inputs.noise.shape[:3], np.int32)
+    ids[..., 1:] = np.where(rng.random(ids[..., 1:].shape) < 0.8, mask_token_id, ids[..., 1:])
+    ids[..., 0] = mask_token_id - 1
+    rows = torch.tensor(table).requires_grad_()
+    taps, positions, _, start, stop = inputs.torch()
+    reference(taps, positions, rows[torch.tensor(ids)], start, stop).sin().sum().backward()
+    assert rows.grad is not None
+
+    state = reference.state_dict() | {"mask_embedding": torch.tensor(table[mask_token_id])}
+    draft = filled(partial(make_draft, config), state)
+    embedding = Embedding(64, FULL.hidden_size, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    others = np.where(np.arange(64)[:, None] == mask_token_id, 9.0, table[:64])
+    embedding.weight[...] = jnp.asarray(others)
+    target: Any = SimpleNamespace(embed=embedding)
+    arrays, noise_ids = inputs.jax(), put(ids, SPECS.act_bNB)
+
+    def loss(draft: DFlashDraft) -> jax.Array:
+        noise = draft.embed_noise(target, noise_ids)
+        return jnp.sin(run(draft, *arrays[:2], noise, *arrays[3:])).sum()
+
+    gradient = jax.jit(jax.grad(loss))(draft).mask_embedding[...]
+    expected = rows.grad[mask_token_id].numpy()
+    np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_target_is_never_asked_for_a_mask_that_the_draft_embeds() -> None:
+    config = dataclasses.replace(FULL, mask_token_id=64, own_mask_embedding=True)
+    asked = []
+    target: Any = SimpleNamespace(embed=lambda ids: asked.append(ids) or jnp.ones((*ids.shape, FULL.hidden_size)))
+    ids = put(np.array([[[5, 64, 64, 63]]], np.int32), SPECS.act_bNB)
+    noise = DFlashDraft(config, rngs=nnx.Rngs(0), dtype=jnp.float32).embed_noise(target, ids)
+    np.testing.assert_array_equal(noise[0, 0, :, 0], [1.0, 0.0, 0.0, 1.0])
+    np.testing.assert_array_equal(np.asarray(asked[0])[ids != 64], [5, 63])
+    assert int(asked[0].max()) < 64
+
+
+def test_the_gradient_of_a_mask_embedding_is_summed_in_float32_under_bfloat16_compute() -> None:
+    """Each of 1001 slots adds 1, and bfloat16 has no 1001."""
+    config = dataclasses.replace(FULL, own_mask_embedding=True)
+    draft = DFlashDraft(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    target: Any = SimpleNamespace(embed=lambda ids: jnp.zeros((*ids.shape, FULL.hidden_size), jnp.bfloat16))
+    ids = put(np.full((1, 143, 7), 63, np.int32), SPECS.act_bNB)
+
+    def loss(draft: DFlashDraft) -> jax.Array:
+        noise = draft.embed_noise(target, ids)
+        assert noise.dtype == jnp.bfloat16
+        return noise.astype(jnp.float32).sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(draft).mask_embedding[...], 1001.0)
+
+
 def test_a_block_sees_its_documents_context_strictly_before_its_anchor(inputs: Inputs) -> None:
     """At inference the anchor is the bonus token, whose hidden state does not exist yet."""
     _, draft = load(FULL)
@@ -187,6 +246,8 @@ def test_default_taps_that_do_not_exist(layers: int, count: int, message: str) -
         ({"target_layer_ids": ()}, "distinct"),
         ({"block_size": 1}, "block_size 1"),
         ({"mask_token_id": 64}, "mask_token_id 64"),
+        ({"mask_token_id": -1, "own_mask_embedding": True}, "mask_token_id -1"),
+        ({"mask_token_id": 2**31, "own_mask_embedding": True}, "mask_token_id 2147483648"),
         ({"layer_types": ("sliding_attention",) * 2}, "sliding_window is not set"),
         ({"layer_types": ("full_attention",)}, "1 entries for 2 layers"),
         ({"num_key_value_heads": 3}, "not a multiple"),

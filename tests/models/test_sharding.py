@@ -39,7 +39,10 @@ TARGET = DecoderConfig(
     attention_output_bias=True,
     qk_norm=True,
 )
-DRAFT = DFlashConfig.for_target(TARGET, num_layers=1, block_size=BLOCK, mask_token_id=63, target_layer_ids=(0, 1))
+MASK = TARGET.vocab_size + 5  # past every shard of the embedding: the draft embeds it itself
+DRAFT = DFlashConfig.for_target(
+    TARGET, num_layers=1, block_size=BLOCK, mask_token_id=MASK, target_layer_ids=(0, 1), own_mask_embedding=True
+)
 
 
 class Models(NamedTuple):
@@ -73,7 +76,7 @@ def forward_and_gradients(models: Models, tokens: jax.Array, blocks: jax.Array, 
 
     def loss(draft: DFlashDraft) -> tuple[jax.Array, jax.Array]:
         context_kv = draft.context_kv(draft.context(taps), positions)
-        hidden = draft(target.embed(blocks), context_kv, jnp.zeros_like(stop), stop)
+        hidden = draft(draft.embed_noise(target, blocks), context_kv, jnp.zeros_like(stop), stop)
         logits = target.logits(hidden.reshape(ROWS, BLOCKS * BLOCK, -1))
         return (jax.nn.log_softmax(logits) ** 2).mean(), hidden
 
@@ -85,6 +88,7 @@ def run(models: Models) -> Results:
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, TARGET.vocab_size, (ROWS, TOKENS), dtype=np.int32)
     blocks = rng.integers(0, TARGET.vocab_size, (ROWS, BLOCKS, BLOCK), dtype=np.int32)
+    blocks[..., 2:] = MASK
     stop = rng.integers(0, TOKENS, (ROWS, BLOCKS), dtype=np.int32)
     arrays = put(tokens, SPECS.act_bt), put(blocks, SPECS.act_bNB), put(stop, P())  # any layout is taken
     return jax.tree.map(np.asarray, forward_and_gradients(models, *arrays))
@@ -152,6 +156,7 @@ def without(specs: dict[str, P], axis: str) -> set[str]:
 NORMS = {
     *(f"{model}.norm.scale" for model in ("target", "draft")),
     "draft.hidden_norm.scale",
+    "draft.mask_embedding",
     *(
         f"{model}.layers.0.{norm}.scale"
         for model in ("target", "draft")

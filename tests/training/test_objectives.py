@@ -111,7 +111,7 @@ def reference_sums(case: Case, label: Callable[[int, int], int], revealed: np.nd
     expected: of the leading slots accepted when drafts are sampled, at the overlap of draft and target.
     """
     revealed = np.zeros_like(ANCHORS) if revealed is None else revealed
-    noise_ids = np.full((ROWS, ANCHORS.shape[1], BLOCK), MASK_TOKEN)
+    noise_ids = np.full((ROWS, ANCHORS.shape[1], BLOCK), case.draft.config.mask_token_id)
     noise_ids[..., 0] = np.take_along_axis(case.tokens, ANCHORS, 1)
     for row, j in np.argwhere(VALID):
         for k in range(1, revealed[row, j] + 1):
@@ -185,6 +185,33 @@ def test_a_revealed_prefix_is_input_and_not_label(case: Case) -> None:
     assert expected["blocks"] < expected["prefix"]
     batch = case.batch | {"revealed": put(revealed, SPECS.act_bt)}
     assert_close(loss_sums(case._replace(batch=batch)), expected)
+
+
+def with_mask_embedding(case: Case, mask_token_id: int) -> Case:
+    """The same draft with a mask embedding of its own: for the reference, a further row of the embedding."""
+    config = dataclasses.replace(case.draft.config, mask_token_id=mask_token_id, own_mask_embedding=True)
+    row = torch.randn(config.hidden_size, generator=torch.Generator().manual_seed(5))
+    state = case.torch_draft.state_dict() | {"mask_embedding": row}
+    draft = filled(lambda: DFlashDraft(config, rngs=nnx.Rngs(0), dtype=jnp.float32), state)
+    table = torch.zeros(mask_token_id + 1, config.hidden_size)
+    table[:VOCABULARY] = case.embedding
+    table[mask_token_id] = row
+    return case._replace(draft=draft, embedding=table)
+
+
+def test_a_mask_embedding_of_the_drafts_own_is_what_masked_slots_hold(case: Case) -> None:
+    """Also where a prefix is revealed, with an id past the target's embedding; in the loss and in evaluation."""
+    own = with_mask_embedding(case, VOCABULARY + 3)
+    revealed = (np.arange(ANCHORS.size).reshape(ANCHORS.shape) % 3).astype(np.int32)
+    expected = reference_sums(own, data_label(own), revealed) | {"expected": np.zeros(())}
+    without = reference_sums(case, data_label(case), revealed)
+    assert abs(expected["loss_sum"] / without["loss_sum"] - 1) > 1e-3
+    own = own._replace(batch=case.batch | {"revealed": put(revealed, SPECS.act_bt)})
+    assert_close(loss_sums(own), expected)
+    greedy = reference_sums(own, lambda row, x: int(case.logits[row, x - 1].argmax()))
+    host = {name: np.asarray(x) for name, x in case.batch.items()}
+    score = draft_evaluator(LOSS, case.target, [host])(own.draft).score
+    assert score == greedy["prefix"] / greedy["blocks"]
 
 
 def labels_shifted_by_one(*args: Any) -> Any:

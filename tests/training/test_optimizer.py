@@ -102,7 +102,7 @@ def newton_schulz(matrix: np.ndarray) -> np.ndarray:
 def test_muon_orthogonalises_hidden_matrices_and_leaves_the_rest_to_adam() -> None:
     settings = {"learning_rate": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.01, "clip_norm": 1e6}
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (6, 4), "scale": (4,), "embed_tokens": (9, 4), "lm_head": (4, 9)}
+    shapes = {"kernel": (6, 4), "scale": (4,), "mask_embedding": (4,), "embed_tokens": (9, 4), "lm_head": (4, 9)}
     params, *grads = ({name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(3))
     with mesh_scope():
         trees = [jax.tree.map(jnp.float32, tree) for tree in (params, *grads)]

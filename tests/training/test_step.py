@@ -26,7 +26,7 @@ from specjax.training.step import make_train_step
 from specjax.training.tasks import draft_config_of, draft_task
 from specjax.weights import decoder_config_from_hf, flat_params
 from specjax.weights.module_params import abstract_module
-from tests.training.tiny import TARGET_SHAPE, edited, parsed
+from tests.training.tiny import TARGET_SHAPE, VOCABULARY, edited, parsed
 from tests.weights.tiny import raw_config
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
@@ -141,7 +141,8 @@ def test_ten_steps_give_the_same_losses_on_every_mesh(
     shape: tuple[int, int, int], raw: dict[str, Any], one_device_losses: dict[str, np.ndarray]
 ) -> None:
     def losses() -> np.ndarray:
-        return np.array([m["loss_sum"] / m["weight"] for m in run(trainer(raw, 10))[1]])
+        given = trainer(raw, 10, draft__mask_embedding="own", draft__mask_token_id=VOCABULARY + 9)
+        return np.array([m["loss_sum"] / m["weight"] for m in run(given)[1]])
 
     if not one_device_losses:
         with jax.set_mesh(make_mesh()):

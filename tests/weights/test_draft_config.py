@@ -29,6 +29,8 @@ def read(raw: dict[str, Any]) -> DFlashConfig:
         SLIDING,
         SLIDING | {"sliding_causal": True},
         {"rope": RopeConfig(theta=1e6, rope_type="yarn", factor=4.0, original_max_position_embeddings=32)},
+        {"own_mask_embedding": True},
+        {"own_mask_embedding": True, "mask_token_id": 151936},
     ],
 )
 def test_configs_survive_the_round_trip(changes: dict[str, Any]) -> None:
@@ -105,6 +107,8 @@ def test_reads_older_folders() -> None:
         ({"dflash_config": {"conv_kernel_size": 2}}, "dflash_config.conv_kernel_size is 2: not a field known"),
         ({"block_size": 1, "dflash_config": {}}, "at least 2"),
         ({"dflash_config": {"mask_token_id": 64}}, "outside the vocabulary of 64"),
+        ({"dflash_config": {"mask_token_id": 2**31, "mask_embedding": "own"}}, "outside the vocabulary of 64"),
+        ({"dflash_config": {"mask_embedding": True}}, "dflash_config.mask_embedding is True: must be 'own' or absent"),
         ({"dflash_config": {"target_layer_ids": [3]}}, "last cannot be tapped"),
         ({"dflash_config": {"target_layer_ids": "all"}}, "list of whole numbers"),
         ({"num_target_layers": None}, "num_target_layers"),
@@ -138,6 +142,7 @@ def test_every_field_of_the_file_reaches_the_config() -> None:
         "target_layer_ids": (2,),
         "rms_norm_eps": 0.5,
         "sliding_causal": False,
+        "own_mask_embedding": True,
         "num_hidden_layers": 3,
         "hidden_size": 16,
         "head_dim": 8,
@@ -154,13 +159,25 @@ def test_every_field_of_the_file_reaches_the_config() -> None:
 def test_a_draft_is_checked_against_its_target() -> None:
     target = decoder_config_from_hf(raw_config(num_hidden_layers=4), "config.json")
     check_draft_matches(draft_config(), target)
-    other = decoder_config_from_hf(raw_config(num_hidden_layers=2, hidden_size=64, vocab_size=128), "config.json")
+    other = decoder_config_from_hf(raw_config(num_hidden_layers=2, hidden_size=64, vocab_size=63), "config.json")
     with pytest.raises(InputError) as caught:
         check_draft_matches(draft_config(), other)
     for text in (
         "hidden_size is 32, the target's hidden_size is 64",
-        "vocab_size is 64, the target's vocab_size is 128",
+        "mask_token_id is 63, the target's vocab_size is 63",
         "num_target_layers is 4, the target's num_hidden_layers is 2",
         "target_layer_ids [1, 0]",
     ):
         assert text in str(caught.value)
+
+
+def test_a_target_may_have_other_rows_as_long_as_it_has_the_masks() -> None:
+    for rows in (128, 64):
+        target = decoder_config_from_hf(raw_config(num_hidden_layers=4, vocab_size=rows), "config.json")
+        check_draft_matches(draft_config(), target)
+        check_draft_matches(draft_config(mask_token_id=200, own_mask_embedding=True), target)
+    smaller = decoder_config_from_hf(raw_config(num_hidden_layers=4, vocab_size=48), "config.json")
+    check_draft_matches(draft_config(mask_token_id=47), smaller)
+    check_draft_matches(draft_config(own_mask_embedding=True), smaller)
+    with pytest.raises(InputError, match="mask_token_id is 48, the target's vocab_size is 48"):
+        check_draft_matches(draft_config(mask_token_id=48), smaller)

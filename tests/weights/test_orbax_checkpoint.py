@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from orbax.checkpoint import v1 as ocp
 
 from converters import flax_to_hf, hf_to_flax
@@ -106,13 +107,25 @@ def test_fp32_targets_stay_fp32(tmp_path: Path) -> None:
     assert_same_params(load_target(tmp_path / "back", dtype=jnp.float32), decoder)
 
 
-def test_drafts_convert_there_and_back(tmp_path: Path) -> None:
-    draft = tiny_draft(draft_config(), jnp.bfloat16)
+@pytest.mark.parametrize("own", [False, True])
+def test_drafts_convert_there_and_back(own: bool, tmp_path: Path) -> None:
+    draft = tiny_draft(draft_config(own_mask_embedding=own), jnp.bfloat16)
     save_draft(draft, tmp_path / "zlab", fingerprint=TargetFingerprint("e", "c", "off"))
     hf_to_flax.main([str(tmp_path / "zlab"), str(tmp_path / "ckpt")])
     flax_to_hf.main([str(tmp_path / "ckpt"), str(tmp_path / "back"), "--format", "zlab"])
     for path in (tmp_path / "zlab").iterdir():
         assert path.read_bytes() == (tmp_path / "back" / path.name).read_bytes(), path.name
+
+
+def test_a_mask_embedding_converts_in_its_own_dtype(tmp_path: Path) -> None:
+    """It may be wider than the weights beside it, and config.json need not mention it."""
+    folder = save_draft(tiny_draft(draft_config()), tmp_path / "zlab", fingerprint=None)
+    row = torch.arange(32) / 7
+    torch.save(row, folder / "mask_embedding.pt")
+    hf_to_flax.main([str(folder), str(tmp_path / "ckpt")])
+    converted = load_checkpoint(tmp_path / "ckpt", dtype=jnp.float32)
+    assert_same_params(converted, load_draft(folder, dtype=jnp.float32))
+    np.testing.assert_array_equal(flat_params(converted)["mask_embedding"], row.numpy())
 
 
 def test_runs_are_exported(run: Path, tmp_path: Path) -> None:

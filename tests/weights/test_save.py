@@ -19,7 +19,7 @@ from specjax.errors import InputError
 from specjax.models.dflash import DFlashConfig
 from specjax.models.layers import RopeConfig
 from specjax.models.sharding import SPECS, make_mesh, mesh_scope, put
-from specjax.weights import load_draft, load_target, save, save_draft, save_target
+from specjax.weights import flat_params, load_draft, load_target, save, save_draft, save_target
 from specjax.weights.fingerprint import TargetFingerprint
 from tests.torch_draft import TorchDraft
 from tests.weights.tiny import (
@@ -116,17 +116,58 @@ def test_fields_that_shape_the_network_cannot_be_slipped_in(tmp_path: Path) -> N
         save_target(tiny_decoder(raw_config()), tmp_path / "m", extra_config={"rms_norm_eps": 1.0, "eos_token_id": 1})
 
 
-def test_drafts_survive_the_round_trip_bit_for_bit(tmp_path: Path) -> None:
-    draft = tiny_draft(draft_config(**MIXED), jnp.bfloat16)
+@pytest.mark.parametrize("own", [False, True])
+def test_drafts_survive_the_round_trip_bit_for_bit(own: bool, tmp_path: Path) -> None:
+    draft = tiny_draft(draft_config(**MIXED, own_mask_embedding=own), jnp.bfloat16)
     fingerprint = TargetFingerprint("embedding", "template", "off")
     first = save_draft(draft, tmp_path / "a", fingerprint=fingerprint)
-    assert {path.name for path in first.iterdir()} == {"config.json", "model.safetensors", "specjax.json"}
+    names = {"config.json", "model.safetensors", "specjax.json"} | ({"mask_embedding.pt"} if own else set())
+    assert {path.name for path in first.iterdir()} == names
+    assert ("mask_embedding" in flat_params(draft)) == own
     loaded = load_draft(first, dtype=jnp.float32)
     assert loaded.config == draft.config
     second = save_draft(loaded, tmp_path / "b", fingerprint=fingerprint)
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
     assert_same_params(load_draft(second), draft)
+
+
+def as_servers_read_it(folder: Path) -> np.ndarray:
+    """The mask embedding of a draft folder, by the rules that vLLM and SGLang have for it."""
+    saved = torch.load(folder / "mask_embedding.pt", map_location="cpu", weights_only=True)
+    token = json.loads((folder / "config.json").read_text())["dflash_config"]["mask_token_id"]
+    assert saved.get("mask_token_id", token) == token
+    return saved["embedding"].reshape(-1).float().numpy()
+
+
+def test_servers_read_the_mask_embedding_of_an_export(tmp_path: Path) -> None:
+    draft = tiny_draft(draft_config(own_mask_embedding=True, mask_token_id=151936))
+    save_draft(draft, tmp_path / "draft", fingerprint=None)
+    row = np.asarray(flat_params(draft)["mask_embedding"])
+    np.testing.assert_array_equal(as_servers_read_it(tmp_path / "draft"), row.astype(ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("form", ["bare", "dict"])
+def test_the_mask_embedding_of_another_trainer_is_read(form: str, tmp_path: Path) -> None:
+    """Its config.json does not mention it."""
+    folder = save_draft(tiny_draft(draft_config()), tmp_path / "draft", fingerprint=None)
+    row = torch.arange(32) / 7
+    torch.save(row[None] if form == "bare" else {"mask_token_id": 63, "embedding": row}, folder / "mask_embedding.pt")
+    loaded = load_draft(folder, dtype=jnp.float32)
+    assert loaded.config == draft_config(own_mask_embedding=True)
+    np.testing.assert_array_equal(flat_params(loaded)["mask_embedding"], row.numpy())
+
+
+def test_a_mask_embedding_belongs_to_its_folder(tmp_path: Path) -> None:
+    """A draft written over another leaves none of that one's behind, and one that lacks its own is refused."""
+    own = tiny_draft(draft_config(own_mask_embedding=True))
+    folder = save_draft(own, tmp_path / "draft", fingerprint=None)
+    config = (folder / "config.json").read_text()
+    save_draft(tiny_draft(draft_config()), folder, fingerprint=None)
+    assert load_draft(folder).config == draft_config()
+    (folder / "config.json").write_text(config)
+    with pytest.raises(InputError, match=r"mask_embedding.pt: no such file, though config.json"):
+        load_draft(folder)
 
 
 def test_draft_files_hold_the_tensors_of_the_format(tmp_path: Path) -> None:
