@@ -203,6 +203,10 @@ def test_the_trainer_knows_who_answered_and_in_which_mode(folder: Path, finished
         return answer_warnings(config, open_data(config))
 
     assert warnings(folder / "target") == []
+    (tmp_path / "quickstart").mkdir()
+    rows = write_jsonl(tmp_path / "quickstart" / "train.jsonl", {"input_ids": [1, 2], "loss_mask": [0, 1]})
+    rows.with_name("recipe.json").write_text('{"target": "of the quickstart", "train_prompts": 1}')
+    assert warnings(folder / "target", train=[str(rows)]) == []
     other = save_target_with_tokenizer(tmp_path / "other", scale=0.5)
     (wrong_target,) = warnings(other)
     assert wrong_target == f"{finished}: its answers are of another target than target.path {other}"

@@ -60,14 +60,14 @@ def answer_warnings(config: RunConfig, records: RunData) -> list[str]:
     paths = [path for source in sources if isinstance(source, JsonlRecords) for path in source.paths]
     warnings = []
     for folder in dict.fromkeys(path.parent for path in paths):
-        if not (folder / RECIPE_FILE).exists():
+        recipe = read_json(folder / RECIPE_FILE) if (folder / RECIPE_FILE).exists() else {}
+        if "chat_template_kwargs" not in recipe:  # a recipe of something else, such as the quickstart's
             continue
-        recipe = read_json(folder / RECIPE_FILE)
         if recipe.get("target") != target_digest(config.target.path):
             warnings.append(f"{folder}: its answers are of another target than target.path {config.target.path}")
-        if recipe.get("chat_template_kwargs") != mode:
+        if recipe["chat_template_kwargs"] != mode:
             warnings.append(
-                f"{folder}: its answers were written with the chat template kwargs {recipe.get('chat_template_kwargs')}"
-                f", but data.chat_template_kwargs is {mode}, which is recorded as the draft's mode: set it to theirs"
+                f"{folder}: its answers were written with the chat template kwargs {recipe['chat_template_kwargs']}, "
+                f"but data.chat_template_kwargs is {mode}, which is recorded as the draft's mode: set it to theirs"
             )
     return warnings
