@@ -24,7 +24,7 @@ from specjax.training.run import held_out_answers, mesh_of, read_data
 from specjax.training.tasks import draft_task
 from specjax.weights import load_run_draft
 from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS, SCORE
-from tests.training.tiny import STEPS, STOP_TOKEN, edited, parsed, scalars, train
+from tests.training.tiny import LENGTH, STEPS, STOP_TOKEN, edited, parsed, scalars, train
 
 
 def test_a_run_measures_real_decoding_on_held_out_prompts(
@@ -94,12 +94,17 @@ def test_prompts_are_those_of_the_rows_that_evaluation_takes() -> None:
     assert fixed_prompts(rows, 2, longest=5) == prompts[:2]
 
 
-def test_evaluation_takes_as_many_rows_and_prompts_as_the_config_says(raw: dict[str, Any]) -> None:
+def test_evaluation_takes_as_many_held_out_rows_and_prompts_as_the_config_says(raw: dict[str, Any]) -> None:
+    held_out = [json.loads(line)["input_ids"] for line in Path(raw["data"]["validation"][0]).read_text().splitlines()]
     config = parsed(edited(raw, {"evaluation.samples": 5, "evaluation.prompts": 3, "evaluation.max_new_tokens": 9}))
     records = open_data(config)
     with mesh_of(config):
         _, batches = read_data(config, draft_task(config), records)
-    assert sum(int(batch["document_ids"].any(axis=1).sum()) for batch in batches) == 5
+    rows = [ids[document > 0] for b in batches for ids, document in zip(b["input_ids"], b["document_ids"], strict=True)]
+    taken = [row.tolist() for row in rows if row.size]
+    assert len(taken) == 5
+    assert all(row in [ids[:LENGTH] for ids in held_out] for row in taken)
     chosen = held_out_answers(config, records, lambda *_: Generation([], [], 0, 0))
     assert chosen is not None
     assert len(chosen.prompts) == 3
+    assert all(prompt in [ids[:5] for ids in held_out] for prompt in chosen.prompts)
