@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import pytest
 from transformers import AutoTokenizer
 
+from specjax.config import parse_config
 from specjax.data import answer_folder
 from specjax.data.pipeline import read_examples
 from specjax.data.prompts import chat_prompt
 from specjax.decoding import by_length, generate
 from specjax.regenerate import main
+from specjax.training.data import answer_warnings, open_data
 from specjax.weights import load_target
 from tests.model_folders import POSITIONS, STOP_TOKEN, save_draft_for, save_target_with_tokenizer, write_jsonl
 
@@ -195,6 +197,29 @@ def test_the_trainer_reads_the_answers(finished: Path) -> None:
         {"input_ids": ids.tolist(), "loss_mask": mask.astype(int).tolist()}
         for ids, mask in map(examples.__getitem__, range(len(examples)))
     ] == answers(finished)
+
+
+def test_the_trainer_knows_who_answered_and_in_which_mode(folder: Path, finished: Path, tmp_path: Path) -> None:
+    def warnings(target: Path, **data: Any) -> list[str]:
+        raw = {"output_dir": "out", "target": {"path": str(target)}, "data": {"train": [f"{finished}/*.jsonl"]} | data}
+        config = parse_config(raw, "test")
+        return answer_warnings(config, open_data(config))
+
+    assert warnings(folder / "target") == []
+    (tmp_path / "quickstart").mkdir()
+    rows = write_jsonl(tmp_path / "quickstart" / "train.jsonl", {"input_ids": [1, 2], "loss_mask": [0, 1]})
+    rows.with_name("recipe.json").write_text('{"target": "of the quickstart", "train_prompts": 1}')
+    assert warnings(folder / "target", train=[str(rows)]) == []
+    other = save_target_with_tokenizer(tmp_path / "other", scale=0.5)
+    (wrong_target,) = warnings(other)
+    assert wrong_target == f"{finished}: its answers are of another target than target.path {other}"
+    thinking = {"enable_thinking": False}
+    for data in (
+        {"chat_template_kwargs": thinking},
+        {"chat_template_kwargs": thinking, "train": [str(folder / "a.jsonl")], "validation": [f"{finished}/*.jsonl"]},
+    ):
+        (wrong_mode,) = warnings(folder / "target", **data)
+        assert f"written with the chat template kwargs {{}}, but data.chat_template_kwargs is {thinking}" in wrong_mode
 
 
 def test_a_draft_and_the_batch_change_nothing(folder: Path, finished: Path, tmp_path: Path) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specjax.config import RunConfig
+from specjax.data.answer_folder import RECIPE_FILE
+from specjax.data.conversations import JsonlRecords
 from specjax.data.pipeline import TokenizedExamples, tokenized
 from specjax.data.sources import MixedRecords, read_sources
 from specjax.data.turns import TurnRules
-from specjax.weights import read_target_config
+from specjax.weights import read_target_config, target_digest
+from specjax.weights.config_fields import read_json
 from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
 
@@ -44,3 +47,27 @@ def examples_of(config: RunConfig, records: MixedRecords) -> TokenizedExamples:
         vocab_size=read_target_config(config.target.path).vocab_size,
         rules=TurnRules(config.data.supervise, config.data.reasoning),
     )
+
+
+def answer_warnings(config: RunConfig, records: RunData) -> list[str]:
+    """A sentence for each folder of `specjax.regenerate` whose answers are another target's or of another chat mode.
+
+    Token ids show neither, and a draft is seldom right in a mode that it has not learnt.
+    """
+    mode = config.data.chat_template_kwargs
+    sets = (records.train, records.validation)
+    sources = [source for each in sets if each is not None for source in each.sources]
+    paths = [path for source in sources if isinstance(source, JsonlRecords) for path in source.paths]
+    warnings = []
+    for folder in dict.fromkeys(path.parent for path in paths):
+        recipe = read_json(folder / RECIPE_FILE) if (folder / RECIPE_FILE).exists() else {}
+        if "chat_template_kwargs" not in recipe:  # a recipe of something else, such as the quickstart's
+            continue
+        if recipe.get("target") != target_digest(config.target.path):
+            warnings.append(f"{folder}: its answers are of another target than target.path {config.target.path}")
+        if recipe["chat_template_kwargs"] != mode:
+            warnings.append(
+                f"{folder}: its answers were written with the chat template kwargs {recipe['chat_template_kwargs']}, "
+                f"but data.chat_template_kwargs is {mode}, which is recorded as the draft's mode: set it to theirs"
+            )
+    return warnings

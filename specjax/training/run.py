@@ -25,7 +25,7 @@ from specjax.models.precision import matmul_precision
 from specjax.models.sharding import make_mesh
 from specjax.training import flops
 from specjax.training.checkpoints import Checkpoints
-from specjax.training.data import RunData, examples_of, open_data
+from specjax.training.data import RunData, answer_warnings, examples_of, open_data
 from specjax.training.evaluation import Answers, Generate
 from specjax.training.loop import Loop, Plan, data_share
 from specjax.training.metrics import Evaluation, MetricsWriter
@@ -69,7 +69,8 @@ def train(config: RunConfig, *, generate: Generate | None = None, resume: bool =
         _on_first_process(lambda: _write_files(run, config, files))
         answers = held_out_answers(config, records, generate) if validation and generate is not None else None
         evaluate = task.evaluator(validation, answers) if validation else None
-        _fit(config, run, task, data, evaluate, total)
+        warnings = answer_warnings(config, records) if config.kind == "dflash" else []
+        _fit(config, run, task, data, evaluate, total, warnings)
     return run
 
 
@@ -80,6 +81,7 @@ def _fit(
     data: TrainingData,
     evaluate: Callable[[Any], Evaluation] | None,
     total: int,
+    warnings: list[str],
 ) -> None:
     schedule = learning_rate_schedule(config.optimizer, total)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -99,6 +101,8 @@ def _fit(
         )
         with contextlib.closing(writer):
             writer.say(f"{run}: {config.kind}, steps {first} to {total}, {_size(state.model):,} trained parameters")
+            for warning in warnings:
+                writer.say(f"warning: {warning}")
             plan = _plan(config, task, total)
             if plan.peak_flops is not None:
                 writer.say(f"mfu: {plan.flops_per_step:.3e} FLOPs a step = {task.flops_formula}")

@@ -29,6 +29,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     length = rng.integers(0, B, (ROWS, N, 1))
     mask = (np.arange(B) <= length) & (np.arange(B) > 0)
     mask[0] = rng.random((N, B)) < 0.6  # the non-cumulative rule leaves holes, and slot 0 must not count
+    hidden[0] += 2 * head.T[labels[0]]  # right before and behind a hole
     mask[1, 0] = mask[1, 1] = True
     hidden[1, 0, 1:3] = hidden[1, 1, 1] = 0.0  # all logits equal: the lowest id is the argmax
     labels[1, 0, 1:3], labels[1, 1, 1] = 0, V - 1

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from specjax.blockdiff.anchors import sample_generator
 from specjax.blockdiff.masks import reveal
 from specjax.blockdiff.noise import RevealedPrefix, block_inputs, draw_revealed
 
@@ -39,6 +40,20 @@ def test_a_block_is_shown_the_same_whatever_stands_around_it() -> None:
     assert drawn(anchors, alone, [42], epoch=3) != expected
     assert drawn(anchors, alone, [43]) != expected
     assert drawn(np.zeros(3, int), np.zeros(32, int), []) == [0, 0, 0]  # padding
+
+
+def test_lengths_do_not_follow_from_the_numbers_that_drew_the_anchors(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+
+    def lengths(self: RevealedPrefix, uniform: np.ndarray) -> np.ndarray:
+        taken.extend(uniform)
+        return np.zeros(uniform.shape, np.int32)
+
+    monkeypatch.setattr(RevealedPrefix, "lengths", lengths)
+    prefix, documents = RevealedPrefix("geometric", 0.7, 8), np.ones(20, int)
+    draw_revealed(prefix, np.arange(20), documents, seed=5, epoch=2, sample_ids=[42])
+    assert len(taken) == len(set(taken)) == 20
+    assert not set(taken) & set(sample_generator(5, 2, 42).random(20))
 
 
 def test_shown_slots_hold_their_tokens_and_only_those_behind_them_are_supervised() -> None:

@@ -190,6 +190,15 @@ def test_a_block_sees_its_documents_context_strictly_before_its_anchor(inputs: I
         np.testing.assert_array_equal(changed == 0.0, np.repeat(~seen[..., None], FULL.block_size, -1), str(slot))
 
 
+def test_positions_go_on_past_every_length_that_the_config_names() -> None:
+    """A draft is used beyond the lengths that it was trained on; clamped positions would make all of them one."""
+    cos, sin = make_draft(FULL).rotary(jnp.arange(8 * FULL.max_position_embeddings))
+    frequencies = FULL.rope.theta ** -(np.arange(0, FULL.head_dim, 2) / FULL.head_dim)
+    angles = np.arange(8 * FULL.max_position_embeddings)[:, None] * frequencies
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=0, atol=1e-4)
+
+
 def test_a_single_row_equals_its_row_of_a_batch(inputs: Inputs) -> None:
     _, draft = load(FULL)
     batch = run(draft, *inputs.jax())

@@ -47,6 +47,15 @@ def test_a_run_on_parquet_has_the_losses_of_one_on_jsonl_and_refuses_changed_fil
     assert "made with other files of data.train or data.validation" in error_of(capsys, parquet, "--resume")
 
 
+def test_answers_of_another_target_are_trained_on_with_a_warning(
+    raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows(tmp_path / "answers-00000.jsonl", 8, seed=5)
+    (tmp_path / "recipe.json").write_text(json.dumps({"target": "another", "chat_template_kwargs": {}}))
+    train(edited(raw, {"data.train": [str(path)], "data.validation": [], "training.steps": 1}))
+    assert f"warning: {tmp_path}: its answers are of another target" in capsys.readouterr().out
+
+
 def test_a_held_out_fraction_is_evaluated_and_not_trained(
     raw: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,10 +18,13 @@ from specjax.blockdiff.metrics import repeated_ngrams
 from specjax.data.pipeline import fixed_batches, fixed_prompts
 from specjax.decoding.generate import Generation
 from specjax.models.precision import matmul_precision
+from specjax.training.data import open_data
 from specjax.training.evaluation import Answers
+from specjax.training.run import held_out_answers, mesh_of, read_data
+from specjax.training.tasks import draft_task
 from specjax.weights import load_run_draft
 from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS, SCORE
-from tests.training.tiny import STEPS, STOP_TOKEN, edited, scalars, train
+from tests.training.tiny import LENGTH, STEPS, STOP_TOKEN, edited, parsed, scalars, train
 
 
 def test_a_run_measures_real_decoding_on_held_out_prompts(
@@ -89,3 +92,19 @@ def test_prompts_are_those_of_the_rows_that_evaluation_takes() -> None:
     taken = [ids[: np.argmax(mask)].tolist() for ids, mask in zip(batch["input_ids"], batch["loss_mask"], strict=True)]
     assert [prompt for prompt in taken if prompt in prompts] == prompts
     assert fixed_prompts(rows, 2, longest=5) == prompts[:2]
+
+
+def test_evaluation_takes_as_many_held_out_rows_and_prompts_as_the_config_says(raw: dict[str, Any]) -> None:
+    held_out = [json.loads(line)["input_ids"] for line in Path(raw["data"]["validation"][0]).read_text().splitlines()]
+    config = parsed(edited(raw, {"evaluation.samples": 5, "evaluation.prompts": 3, "evaluation.max_new_tokens": 9}))
+    records = open_data(config)
+    with mesh_of(config):
+        _, batches = read_data(config, draft_task(config), records)
+    rows = [ids[document > 0] for b in batches for ids, document in zip(b["input_ids"], b["document_ids"], strict=True)]
+    taken = [row.tolist() for row in rows if row.size]
+    assert len(taken) == 5
+    assert all(row in [ids[:LENGTH] for ids in held_out] for row in taken)
+    chosen = held_out_answers(config, records, lambda *_: Generation([], [], 0, 0))
+    assert chosen is not None
+    assert len(chosen.prompts) == 3
+    assert all(prompt in [ids[:5] for ids in held_out] for prompt in chosen.prompts)

@@ -36,6 +36,25 @@ class Watch(MetricsWriter):
 compilations: list[int] = []
 
 
+class OnDevice:
+    """A metric that `fetch` may wait for, and nothing else."""
+
+    fetching = False
+
+    def __init__(self, value: jax.Array):
+        self.value = value
+
+    def copy_to_host_async(self) -> None:
+        self.value.copy_to_host_async()
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        self.block_until_ready()
+        return np.asarray(self.value)
+
+    def block_until_ready(self) -> None:
+        assert OnDevice.fetching, "the loop waits for a metric outside fetch"
+
+
 @pytest.fixture
 def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Watch]]:
     monkeypatch.setattr("specjax.training.run.MetricsWriter", Watch)
@@ -58,11 +77,18 @@ def test_a_step_is_fetched_once_and_one_step_late_and_nothing_is_compiled_after_
 
         def run(*inputs: Any) -> Any:
             with jax.transfer_guard_host_to_device("disallow"):
-                return step(*inputs)
+                state, metrics = step(*inputs)
+            return state, jax.tree.map(OnDevice, metrics)
 
         return run
 
+    def fetched(tree: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(OnDevice, "fetching", True)
+            return fetch.fetch(tree)
+
     monkeypatch.setattr("specjax.training.run.make_train_step", guarded)
+    monkeypatch.setattr(loop, "fetch", fetched)
     before = fetch.count
     train(edited(raw, {"data.validation": [], "checkpoint.every_steps": 1000}))
     # When step k has been handed over, the metrics of steps 1 .. k - 1 have been waited for, each once.

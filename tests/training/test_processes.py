@@ -19,7 +19,7 @@ from specjax.models.precision import matmul_precision
 from specjax.weights import flat_params, load_run_draft, load_run_params
 from tests.conftest import DEVICE_COUNT_FLAG
 from tests.training.conftest import FinishedRun
-from tests.training.tiny import STEPS, STOP_TOKEN, edited, scalars, train, write_config
+from tests.training.tiny import STEPS, STOP_TOKEN, edited, scalars, train, write_config, write_rows
 
 # The second process gets a SIGTERM during step 4 of the first run; the run after it exists already.
 SCRIPT = """
@@ -27,7 +27,7 @@ import os, signal, sys
 from specjax.train import main
 from specjax.training.metrics import MetricsWriter
 
-coordinator, process, rows, tensor = sys.argv[1:]
+coordinator, process, rows, tensor, sparse = sys.argv[1:]
 advance = MetricsWriter.advance
 
 def stop(self, step):
@@ -43,6 +43,7 @@ try:
 except SystemExit as refused:
     print("refused", refused.code)
 main([tensor])
+main([sparse])
 """
 
 
@@ -52,13 +53,37 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+def half_without_anchors(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`raw` with a row for each of two devices a step; two of the four rows of the data supervise nothing."""
+    path = write_rows(folder / "sparse.jsonl", 4, seed=2)
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records[1::2]:
+        record["loss_mask"] = [0] * len(record["loss_mask"])
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return edited(raw, {"data.train": [str(path)], "training.batch_size": 2})
+
+
+def assert_rows_without_anchors_weigh_nothing(sparse: dict[str, Any]) -> None:
+    """No process waits for another and no number breaks where one of them, or both, have nothing to learn."""
+    alone = edited(sparse, {"output_dir": sparse["output_dir"] + "-alone", "mesh.data": 2, "mesh.tensor": 4})
+    ours, expected = scalars(Path(sparse["output_dir"])), scalars(train(alone))
+    supervised = list(ours["train/supervised_tokens"].values())
+    assert len(supervised) == STEPS
+    assert 0 in supervised
+    assert len(set(supervised)) >= 3  # nothing, one process's row, both
+    for tag in ("train/supervised_tokens", "train/loss", "train/grad_norm"):
+        assert ours[tag] == pytest.approx(expected[tag], rel=1e-5, nan_ok=True), tag
+    assert [np.isnan(loss) for loss in ours["train/loss"].values()] == [n == 0 for n in supervised]
+
+
 def test_two_processes_train_as_one(raw: dict[str, Any], tmp_path: Path, finished_run: FinishedRun) -> None:
     rows = edited(raw, {"output_dir": str(tmp_path / "rows"), "checkpoint.every_steps": 1000, "data.validation": []})
     tensor = {"output_dir": str(tmp_path / "tensor"), "mesh.tensor": 2, "training.accumulation_steps": 2}
     tensor = edited(raw, tensor | {"evaluation.prompts": 12, "evaluation.max_new_tokens": 9})
+    sparse = half_without_anchors(edited(rows, {"output_dir": str(tmp_path / "sparse")}), tmp_path)
     address = f"127.0.0.1:{free_port()}"
     environment = os.environ | {"XLA_FLAGS": f"{DEVICE_COUNT_FLAG}=1"}
-    paths = [str(write_config(config)) for config in (rows, tensor)]
+    paths = [str(write_config(config)) for config in (rows, tensor, sparse)]
     commands = [[sys.executable, "-c", SCRIPT, address, str(process), *paths] for process in (0, 1)]
     pipe = subprocess.PIPE
     processes = [subprocess.Popen(c, env=environment, stdout=pipe, stderr=pipe, text=True) for c in commands]
@@ -89,3 +114,4 @@ def test_two_processes_train_as_one(raw: dict[str, Any], tmp_path: Path, finishe
     params = flat_params(load_run_params(tmp_path / "rows"))
     for name, value in finished_run.params.items():
         np.testing.assert_allclose(np.asarray(params[name]), value, rtol=0, atol=1e-5 * np.abs(value).max())
+    assert_rows_without_anchors_weigh_nothing(sparse)

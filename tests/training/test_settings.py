@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from specjax.models.dflash import DFlashConfig, DFlashDraft
 from specjax.models.sharding import mesh_scope
+from specjax.training.tasks import draft_task
 from specjax.weights import flat_params, load_draft, load_run_draft, read_target_config, save_draft
 from specjax.weights.key_tables import DRAFT_KEYS
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
 from tests.blockdiff.reference import reference_loss
+from tests.model_folders import MASK_TOKEN as CHAT_MASK_TOKEN
+from tests.model_folders import save_target_with_tokenizer
 from tests.torch_draft import TorchDraft
-from tests.training.tiny import LENGTH, MASK_TOKEN, edited, scalars, train, write_rows
+from tests.training.tiny import LENGTH, MASK_TOKEN, edited, parsed, scalars, train, write_rows
 
 BLOCK, WINDOW, ALPHA = 4, 3, 0.2
 EVERY_CANDIDATE = 2 * LENGTH  # anchors asked for: more than any row can give
@@ -112,3 +116,15 @@ def test_window_dpace_alpha_and_mask_rule_reach_the_recorded_draft_and_the_loss(
     assert load_draft(exported).config == config
     first = scalars(windowed_run.folder)["train/loss"][1]
     assert first == pytest.approx(reference_first_loss(windowed_run, config, target_folder, raw["seed"]), rel=1e-5)
+
+
+def test_chat_template_and_thinking_mode_are_recorded_with_the_draft(raw: dict[str, Any], tmp_path: Path) -> None:
+    """A draft served with another template or mode is slow, and nothing but this record would show why."""
+    target = save_target_with_tokenizer(tmp_path / "target")
+    chat = {"target.path": str(target), "draft.mask_token_id": CHAT_MASK_TOKEN}
+    chat |= {"data.chat_template_kwargs": {"enable_thinking": False, "date": "2024-07-26"}}
+    with mesh_scope():
+        recorded = draft_task(parsed(edited(raw, chat))).files["specjax.json"]["target_fingerprint"]
+    template = (target / "chat_template.jinja").read_bytes()
+    assert recorded["chat_template"] == hashlib.sha256(template).hexdigest()
+    assert json.loads(recorded["thinking"]) == {"date": "2024-07-26", "enable_thinking": False}

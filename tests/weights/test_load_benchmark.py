@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from specjax.errors import InputError
-from specjax.weights import load_target
+from specjax.weights import load_target, save_target
 from specjax.weights.load_benchmark import (
     BENCHMARK_CONFIG,
     STATUS,
@@ -63,14 +63,29 @@ def test_anonymous_memory_sees_an_allocation_that_is_gone_again() -> None:
     assert memory.growth >= 0.9 * (1 << 27)
 
 
+SHAPE = {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
+LARGEST = 32768 * 512 * 2  # bytes of the largest tensors, the embedding and the head
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = write_random_model(tmp_path / "m", replace(SMALL, **SHAPE, layer_types=()))
+    assert (folder / "model.safetensors").stat().st_size > 3 * LARGEST
+    return folder
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="the system reports no anonymous memory")
-def test_loading_takes_less_than_two_of_the_largest_tensors_beside_the_model(tmp_path: Path) -> None:
-    size = {"vocab_size": 32768, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8}
-    shape = replace(SMALL, **size, layer_types=())
-    folder = write_random_model(tmp_path / "m", shape)
-    largest = 32768 * 512 * 2
-    assert (folder / "model.safetensors").stat().st_size > 3 * largest
+def test_loading_takes_less_than_two_of_the_largest_tensors_beside_the_model(folder: Path) -> None:
     # Once: a second load would be given the memory that the first one has freed, and show less.
     _, extra = measured_load(folder, np.dtype(ml_dtypes.bfloat16))
     assert extra is not None
-    assert extra < 2 * largest
+    assert extra < 2 * LARGEST
+
+
+@pytest.mark.skipif(not STATUS.exists(), reason="the system reports no anonymous memory")
+def test_saving_takes_less_than_two_of_the_largest_tensors_beside_the_model(folder: Path, tmp_path: Path) -> None:
+    model = load_target(folder)
+    with AnonymousMemory() as memory:
+        save_target(model, tmp_path / "saved")
+    assert memory.growth is not None
+    assert memory.growth < 2 * LARGEST

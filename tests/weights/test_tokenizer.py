@@ -29,6 +29,7 @@ def test_an_explicit_id_comes_before_the_tokenizers_and_that_before_a_free_row()
     assert resolve_mask_token_id(8, tokenizer(mask=3), 10) == 8
     assert resolve_mask_token_id(None, tokenizer(mask=3), 10) == 3
     assert resolve_mask_token_id(None, tokenizer(), 10) == 6
+    assert resolve_mask_token_id(None, tokenizer(pad_token_id=1, eos_token_id=2, unk_token_id=0), 10) == 6
     assert resolve_mask_token_id(9, None, 10) == 9
 
 
