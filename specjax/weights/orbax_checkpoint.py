@@ -34,6 +34,7 @@ CHECKPOINT = "checkpoint"
 RUN_CHECKPOINTS = "checkpoints"
 RUN_DRAFT_CONFIG = "draft_config.json"
 RUN_TARGET_CONFIG = "target_config.json"
+WRITE_BYTES = 2**30  # that wait in copies to be written, on each host
 SCORE = "score"  # the metric, higher is better, by which a run's best checkpoint is chosen
 
 
@@ -46,8 +47,11 @@ def save_checkpoint(module: nnx.Module, folder: str | Path, config: Mapping[str,
     if jax.process_index() == 0:
         folder.mkdir(parents=True)
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    with mesh_scope():
-        ocp.save_checkpointables((folder / CHECKPOINT).absolute(), {PARAMS: flat_params(module)})
+    params, context = flat_params(module), ocp.Context()
+    # Without a limit all tensors are copied before the first is written; it must exceed every single one.
+    context.memory.write_concurrent_bytes = max(WRITE_BYTES, *(x.nbytes + 1 for x in params.values()))
+    with mesh_scope(), context:
+        ocp.save_checkpointables((folder / CHECKPOINT).absolute(), {PARAMS: params})
     return folder
 
 
