@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_train(commands)
     _add_memory(commands)
     args = parser.parse_args(argv)
+    if any(size < 2 for size in getattr(args, "vocab_size", ())):
+        raise InputError(f"--vocab-size is {min(args.vocab_size)}; give at least 2")
     for name, least in (("runs", 1), ("limit", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0)):
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
@@ -73,10 +75,10 @@ def _add_train(commands: Any) -> None:
 
 def _add_memory(commands: Any) -> None:
     memory = commands.add_parser("memory", help="memory of a run config's train step by the compiler; nothing runs")
-    memory.add_argument("config", help="YAML run config; of its target only config.json is read, of its data nothing")
+    memory.add_argument("config", help="YAML run config; the weights and data files that it names are not read")
     memory.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that differ from the file")
     memory.add_argument(
-        "--vary", action="append", default=[], metavar="section.key=V,V", help="a row for each value; may be repeated"
+        "--vary", action="append", nargs="+", default=[], metavar=("section.key", "V"), help="a row for each value"
     )
     memory.add_argument("--vocab-size", type=int, nargs="+", default=[], help="a row for each vocabulary of the target")
     memory.add_argument("--topology", help="compile for a TPU slice that need not be here, such as v5e:4x4")
@@ -87,24 +89,25 @@ def _memory(args: argparse.Namespace) -> dict[str, Any]:
     from specjax.config import load_config
 
     variants: list[tuple[str, list[str], int | None]] = [("as configured", [], None)]
-    for setting in args.vary:
-        name, _, values = setting.partition("=")
-        if not name or not values:
-            raise InputError(f"--vary {setting}: give section.key=value,value")
-        variants += [(f"{name}={value}", [f"{name}={value}"], None) for value in values.split(",")]
+    for name, *values in args.vary:
+        if not values:
+            raise InputError(f"--vary {name}: give values after it")
+        variants += [(f"{name}={value}", [f"{name}={value}"], None) for value in values]
     variants += [(f"vocabulary of {size}", [], size) for size in args.vocab_size]
     configs = [load_config(args.config, [*args.overrides, *changes]) for _, changes, _ in variants]
     from specjax.training.benchmark import Settings, check_measurable
     from specjax.training.memory import MIB, step_memory, topology_devices
 
-    check_measurable(configs[0], Settings())
+    for config in configs:
+        check_measurable(config, Settings())
     devices = None if args.topology is None else topology_devices(args.topology)
     report, rows = {}, []
     with Console(stderr=True).status("compiling") as status:
         for (name, _, vocab_size), config in zip(variants, configs, strict=True):
             status.update(f"compiling: {name}")
             report[name] = step_memory(config, vocab_size=vocab_size, devices=devices)
-            rows.append((name, *(f"{size / MIB:,.1f}" for size in report[name].values())))
+            found = [f"{size / MIB:,.1f}" for size in report[name].values()]
+            rows.append((name, *(found or ("", "", "does not fit"))))
     print_table("memory of a train step, MiB a device", ["arguments", "temporaries", "peak"], rows)
     return report
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up P only, after top-k")
-    parser.add_argument("--seed", type=int, default=0, help="of the first prompt; the next has the next, and so on")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -65,11 +65,6 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {args.seed}; give an integer from 0 to 2**32 - 1")
     return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
-
-
-def prompt_seeds(args: argparse.Namespace, indices: Sequence[int]) -> list[int]:
-    """The seeds of prompts by their place in the command's data."""
-    return [(args.seed + i) % 2**32 for i in indices]
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,6 @@ from specjax.cli import (
     add_sampling_arguments,
     decoding_mesh,
     load_models,
-    prompt_seeds,
     sampling_settings,
 )
 from specjax.errors import InputError, exit_on_input_error
@@ -78,7 +77,7 @@ def _answers(
                 max_new_tokens=args.max_new_tokens,
                 stop_token_ids=models.stop_token_ids,
                 draft_tokens=args.draft_tokens,
-                seed=prompt_seeds(args, range(first, first + len(batch))),
+                seed=args.seed + first,
                 **sampling,
             )
         except InputError as error:  # which counts the prompts of its own batch

@@ -23,7 +23,6 @@ from specjax.cli import (
     decoding_mesh,
     dtype_name,
     load_models,
-    prompt_seeds,
     sampling_settings,
 )
 from specjax.errors import InputError, exit_on_input_error
@@ -189,7 +188,7 @@ def _answer(
             task = progress.add_task("answering", total=sum(len(folder.shards[shard]) for shard in shards))
             for shard in shards:
                 ended = partial(progress.advance, task)
-                report = write_shard(folder, shard, records, rules, answer, partial(prompt_seeds, args), ended)
+                report = write_shard(folder, shard, records, rules, answer, args.seed, ended)
                 total.counts += report.counts
                 total.failures += report.failures
     return total
@@ -201,7 +200,7 @@ def write_shard(
     records: JsonlRecords,
     rules: AnswerRules,
     answer: Answerer,
-    seeds_of: Callable[[Sequence[int]], list[int]],
+    seed: int,
     ended: Callable[[], object] = lambda: None,
 ) -> ShardReport:
     """Answers the prompts of one shard, writes them to `folder` and returns the report; calls `ended` for each."""
@@ -209,7 +208,7 @@ def write_shard(
     from specjax.data.dialogues import Dialogue
 
     prompts = folder.shards[shard]
-    dialogues = [Dialogue(records[i], rules, seed) for i, seed in zip(prompts, seeds_of(prompts), strict=True)]
+    dialogues = [Dialogue(records[i], rules, (seed, i)) for i in prompts]
     for _ in converse(dialogues, answer):
         ended()
     report = ShardReport()
@@ -231,7 +230,7 @@ def converse(dialogues: Sequence[Dialogue], answer: Answerer) -> Iterator[Dialog
             else:
                 asked.append(dialogue)
                 prompts.append(prompt)
-        for i, tokens in answer(prompts, [dialogue.seed for dialogue in asked]):
+        for i, tokens in answer(prompts, [dialogue.turn_seed for dialogue in asked]):
             asked[i].take(tokens)
             if asked[i].outcome is not None:
                 yield asked[i]

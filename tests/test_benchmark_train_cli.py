@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 import yaml
 from jax.experimental import topologies
@@ -14,10 +15,11 @@ from jax.experimental import topologies
 from specjax.benchmark import main
 from specjax.config import load_config
 from specjax.training import tasks
-from specjax.training.benchmark import _compiled, _with_target, synthetic_batch
+from specjax.training.benchmark import _compiled, _with_target, synthetic_batch, updated
 from specjax.training.memory import step_memory
 from specjax.training.run import mesh_of
-from specjax.training.tasks import draft_task_of
+from specjax.training.tasks import draft_config_of, draft_task_of
+from specjax.weights import draft_config_to_hf
 from tests import refusals
 from tests.training.tiny import LENGTH, edited, raw_run
 from tests.weights.tiny import raw_config
@@ -176,14 +178,34 @@ def test_memory_without_arrays_is_that_of_the_real_step(tmp_path: Path) -> None:
     assert found["peak"] == found["arguments"] + found["temporaries"]
 
 
+def test_memory_of_what_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read, a slice computes in bfloat16, and a step that does not fit is told from one that does."""
+    old = tmp_path / "old"
+    draft = {"draft.init": str(old), "draft.mask_token_id": None}
+    config = load_config(write_config(tmp_path, draft), [])
+    old.mkdir()
+    (old / "config.json").write_text(
+        json.dumps(draft_config_to_hf(draft_config_of(updated(config, "draft", init=None))))
+    )
+    here = step_memory(config, vocab_size=1024)
+    there = step_memory(config, vocab_size=1024, devices=jax.devices())
+    assert there["arguments"] < here["arguments"]  # the target's, in half the bytes
+
+    def exhausted(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ran out of memory in memory space hbm")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
+    assert step_memory(config) == {}
+
+
 def test_memory_grows_linearly_with_anchors_and_rows_and_not_with_the_vocabulary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks, "LOGITS_BYTES", 2**14)
     settings = {"data.max_length": 64, "data.num_anchors": 16, "training.batch_size": 8, "training.attention_chunk": 8}
     config = write_config(tmp_path, settings | {"loss": {"gamma": 2.0}})
-    varied = ["--vary", "data.num_anchors=32,48", "--vary", "training.batch_size=16,24", "--vocab-size", "1024"]
-    report = memory(tmp_path, config, *varied)
+    varied = ["--vary", "data.num_anchors", "32", "48", "--vary", "training.batch_size", "16", "24"]
+    report = memory(tmp_path, config, *varied, "--vocab-size", "1024")
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("as configured", "data.num_anchors=48", "vocabulary of 1024"))
     base, larger = report["as configured"], report["vocabulary of 1024"]
@@ -198,10 +220,11 @@ def test_memory_grows_linearly_with_anchors_and_rows_and_not_with_the_vocabulary
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--vary", "data.num_anchors"], "--vary data.num_anchors: give section.key=value,value"),
-        (["--vary", "data.anchors=1,2"], "data.anchors"),
+        (["--vary", "data.num_anchors"], "--vary data.num_anchors: give values after it"),
+        (["--vary", "data.anchors", "1"], "data.anchors"),
+        (["--vocab-size", "100", "1"], "--vocab-size is 1; give at least 2"),
         (["training.batch_size=3"], "training.batch_size is 3: not a multiple of 8"),
-        (["mesh.fsdp=3"], "mesh data=-1 fsdp=3 tensor=1: does not divide the 8 devices here"),
+        (["mesh.fsdp=3"], "mesh data=-1 fsdp=3 tensor=1: does not divide the 8 devices"),
         (["--topology", "v5e:9x9"], "--topology v5e:9x9: no such slice; give one such as v5e:4x4, with libtpu"),
     ],
 )

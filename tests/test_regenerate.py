@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -151,8 +152,8 @@ def decoded(folder: Path, stops: list[int], seed: int = 0, **sampling: float) ->
             if message is not None and message["role"] == "system":
                 continue
             prompt = TOKENS if message is None else chat_prompt(history, tokenizer, "here")
-            drawn = {"seed": seed + place, **sampling}
-            answer = generate(target, [prompt], None, NEW, stops, **drawn).tokens[0]  # type: ignore[arg-type]
+            drawn = np.random.SeedSequence([seed, place, len(pairs)]).generate_state(1).tolist() if sampling else 0
+            answer = generate(target, [prompt], None, NEW, stops, seed=drawn, **sampling).tokens[0]
             pairs.append((prompt, answer))
             if answer[-1] not in stops:
                 break

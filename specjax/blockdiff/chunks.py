@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 ChunkLoss = Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any]]
 """(a chunk's hidden states, head, its own constants, those of all) -> (losses of rows [b], statistics [b, ...])."""
@@ -59,10 +60,11 @@ def _forward(
 
 
 def _backward(
-    chunk_loss: ChunkLoss, residuals: tuple[jax.Array, jax.Array | None], cotangents: tuple[jax.Array, Any]
+    chunk_loss: ChunkLoss, residuals: tuple[jax.Array, jax.Array | None], cotangents: tuple[Any, Any]
 ) -> tuple[jax.Array, jax.Array | None, None, None]:
     gradients, head_gradient = residuals
-    scale = lambda x: (cotangents[0] * x).astype(x.dtype)  # noqa: E731
+    loss_ct = 0.0 if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
+    scale = lambda x: (loss_ct * x).astype(x.dtype)  # noqa: E731
     return scale(gradients), None if head_gradient is None else scale(head_gradient), None, None
 
 

@@ -24,7 +24,7 @@ from specjax.errors import InputError
 RECIPE_FILE = "recipe.json"
 COUNTS_FILE = "counts.json"
 REPORTS = "reports"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)

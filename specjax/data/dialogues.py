@@ -65,7 +65,7 @@ class Dialogue:
 
     record: Record
     rules: AnswerRules
-    seed: int = 0
+    seed: tuple[int, ...] = ()
     outcome: Outcome | None = None
     reason: str = ""
     records: list[TrainingRecord] = field(default_factory=list)
@@ -76,6 +76,11 @@ class Dialogue:
         self._turns: list[list[Message]] = []
         if isinstance(self.record, Conversation):
             self._history, self._turns = _turns(self.record.messages)
+
+    @property
+    def turn_seed(self) -> int:
+        """Of the next turn: turns draw anew, for a template may place them where an earlier one stood."""
+        return int(np.random.SeedSequence([*self.seed, self._turn]).generate_state(1)[0])
 
     def next_prompt(self) -> list[int] | None:
         """The token ids that the target continues next; None where the dialogue has ended."""

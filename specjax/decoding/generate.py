@@ -6,6 +6,7 @@ import reprlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 PROMPT_BUCKET = 64  # prompts are padded to a power of two times this
 NEW_TOKENS_BUCKET = 64
 STOPS_BUCKET = 4
+LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
 
@@ -55,10 +57,11 @@ def generate(
 ) -> Generation:
     """Continues `prompts` (lists of token ids), speculatively if a draft is given; the output is the same.
 
-    max_new_tokens, stop_token_ids, seed: for all prompts, or one entry a prompt. draft_tokens: drafts verified a round,
-    at most block size - 1 (the default). temperature: 0 is greedy; above, tokens are drawn from the target's softmax
-    after temperature, top_k and top_p, in this order. What is drawn depends on the prompt, its seed and these alone:
-    neither the draft nor the rest of the batch changes it. Prompts of one call run as one batch.
+    max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. draft_tokens: drafts verified a round, at
+    most block size - 1 (the default). temperature: 0 is greedy; above, tokens are drawn from the target's softmax
+    after temperature, top_k and top_p, in this order. seed: one entry a prompt, or that of the first, and the next
+    prompt has the next. What is drawn depends on a prompt, its seed and these settings alone: neither the draft nor the
+    rest of the batch changes it. Prompts of one call run as one batch.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
@@ -131,7 +134,8 @@ class Batch:
         padded = np.zeros(self.prompts.shape[0], np.uint32)
         padded[: len(seeds)] = seeds
         number = lambda value, dtype: None if value is None else put(np.asarray(value, dtype), P())  # noqa: E731
-        settings = (number(top_k, np.int32), number(top_p, np.float32))
+        # All of the softmax is no limit; its sum, rounded, would be one.
+        settings = (number(top_k, np.int32), number(None if top_p == 1 else top_p, np.float32))
         sampling = Sampling(put(np.float32(temperature), P()), put(padded, SPECS.act_b), *settings)
         return replace(self, sampling=sampling)
 
@@ -192,20 +196,25 @@ def _per_prompt(
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises InputError for a setting of `generate` that is out of range or would be ignored."""
-    if not 0 <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}; give 0 (greedy) or a number above")
+    for name, value, kind in (("temperature", temperature, Real), ("top_k", top_k, Integral), ("top_p", top_p, Real)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+            wanted = "an integer" if kind is Integral else "a number"
+            raise InputError(f"{name} is {value!r}; give {wanted}")
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise InputError(f"temperature is {temperature}; give 0 (greedy) or at least {LEAST_TEMPERATURE}")
     for name, value in (("top_k", top_k), ("top_p", top_p)):
         if value is not None and temperature == 0:
             raise InputError(f"{name} is {value}, but temperature 0 is greedy; give a temperature, or leave {name} out")
-    if top_k is not None and top_k < 1:
+    if top_k is not None and not 1 <= top_k < 2**31:
         raise InputError(f"top_k is {top_k}; give at least 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top_p is {top_p}; give a number above 0 and at most 1")
 
 
 def _seeds(count: int, seed: int | Ids) -> list[int]:
-    shared = np.ndim(seed) == 0
-    seeds = _integers("seed", [seed] * count if shared else seed)
+    """One a prompt: prompt i of a call with one seed has that seed + i."""
+    (first,) = _integers("seed", [seed]) if np.ndim(seed) == 0 else (None,)
+    seeds = _integers("seed", seed) if first is None else [first + i for i in range(count)]
     if len(seeds) != count:
         raise InputError(f"seed has {len(seeds)} entries for {count} prompts; give one for all or one a prompt")
     for value in seeds:

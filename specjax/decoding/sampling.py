@@ -74,4 +74,4 @@ def processed(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 def _gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(TARGET_DRAWS), seed), position)
-    return jax.random.gumbel(key, (vocab_size,), jnp.float32)
+    return jax.random.gumbel(key, (vocab_size,), jnp.float32, mode="high")  # the default is too coarse for rare tokens

@@ -17,10 +17,11 @@ from functools import reduce
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from specjax.models.sharding import SPECS, axis_size
-from specjax.models.tiled_attention import MASKED_SCORE, Part, Tiling, tiled_attention, visited_pairs
+from specjax.models.tiled_attention import MASKED_SCORE, Part, Tiling, tiled_attention, visited_tiles
 
 DEFAULT_QUERY_CHUNK = 1024
 MAX_KEY_TILE = 512
@@ -54,11 +55,11 @@ def attention(
 ) -> jax.Array:
     """Softmax attention of queries [b, N, q, n, h] over all `segments` together; returns [b, N, q, n, h].
 
-    Scores and softmax are float32. More than `query_chunk` queries are taken a chunk at a time, each over a tile of
-    shared keys at a time (see `tiling`), from the first to the last key that one of the chunk's queries sees in any
-    row: scores of one chunk and one tile exist at once, and keys outside are never read. Blocks' own keys are taken
-    all at once. Rows are split over the batch axes and heads over `tensor`; with fewer key/value heads than tensor
-    shards every shard holds them all and picks its own.
+    Scores and softmax are float32. Where a head has more than `query_chunk`^2 of them in a row, queries are taken a
+    chunk at a time, each over a tile of shared keys at a time (see `tiling`), from the first to the last key that one
+    of the chunk's queries sees in any row: scores of one chunk and one tile exist at once, and keys outside are never
+    read. Blocks' own keys are taken all at once. Rows are split over the batch axes and heads over `tensor`; with fewer
+    key/value heads than tensor shards every shard holds them all and picks its own.
     """
     num_kv_heads = segments[0].keys.shape[-3]
     split_kv = num_kv_heads % axis_size("tensor") == 0
@@ -94,7 +95,8 @@ def _attention(queries: jax.Array, segments: Sequence[KeySegment], scale: float,
     kv = segments[0].keys.shape[-3]
     # Query-major, so that a block's queries of one key/value head are neighbours in either view.
     grouped = queries.reshape(b, blocks, q, kv, n // kv, h).transpose(0, 3, 1, 2, 4, 5)
-    if blocks * q <= query_chunk:
+    keys = max((s.keys.shape[2] for s in segments if not s.own), default=0)
+    if scores_at_once(blocks * q, keys, query_chunk):
         out, _ = _attend(grouped, segments, scale)
     else:
         parts = [_attend_tiled(grouped, segment, scale, query_chunk) for segment in segments if not segment.own]
@@ -105,10 +107,18 @@ def _attention(queries: jax.Array, segments: Sequence[KeySegment], scale: float,
 
 
 def scored_pairs(start_bq: jax.Array, stop_bq: jax.Array, keys: int, query_chunk: int) -> int:
-    """How many pairs of a query and one of `keys` shared keys `attention` gives a score."""
-    if start_bq.shape[1] <= query_chunk:
-        return start_bq.size * keys
-    return int(visited_pairs(start_bq, stop_bq, keys, tiling(query_chunk, keys)))
+    """How many pairs of a query and one of `keys` shared keys `attention` gives a score, all rows on one device."""
+    b, queries = start_bq.shape
+    if scores_at_once(queries, keys, query_chunk):
+        return b * queries * keys
+    tiles = tiling(query_chunk, keys)
+    visited = np.asarray(visited_tiles(start_bq, stop_bq, keys, tiles))
+    return int(visited.sum(dtype=np.int64)) * b * tiles.queries * tiles.keys
+
+
+def scores_at_once(queries: int, keys: int, query_chunk: int) -> bool:
+    """Whether a row's scores are few enough to exist at once: as many as a chunk has with as many keys."""
+    return queries * keys <= query_chunk**2
 
 
 def tiling(query_chunk: int, keys: int) -> Tiling:

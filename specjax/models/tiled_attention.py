@@ -58,12 +58,11 @@ def tile_range(start: jax.Array, stop: jax.Array, keys: int, tile: int) -> tuple
     return first, -(-jnp.where(seen, stop, 0).max() // tile)
 
 
-def visited_pairs(start_bq: jax.Array, stop_bq: jax.Array, keys: int, tiling: Tiling) -> jax.Array:
-    """How many pairs of a query and a key have a score, of the b * q * keys that a dense mask has."""
-    rows = start_bq.shape[0]
+def visited_tiles(start_bq: jax.Array, stop_bq: jax.Array, keys: int, tiling: Tiling) -> jax.Array:
+    """The number of tiles that each chunk of queries visits, [chunks] int32."""
     start, stop = (_chunks(x[:, None], tiling.queries)[:, :, 0] for x in (start_bq, stop_bq))
     first, last = jax.vmap(lambda start, stop: tile_range(start, stop, keys, tiling.keys))(start, stop)
-    return (jnp.maximum(last - first, 0) * rows * tiling.queries * tiling.keys).sum()
+    return jnp.maximum(last - first, 0)
 
 
 def _forward(
@@ -103,10 +102,11 @@ def _backward(
 ) -> tuple[jax.Array | None, ...]:
     queries, keys, values, start, stop, out, log_total = residuals
     out_ct, log_total_ct = cotangents
+    out_ct = out_ct.astype(values.dtype)  # rounded once, or the difference below would not cancel
     # A score's gradient is its weight times (what its value gains - what the row's mean gains).
     mean = (out * out_ct).sum(-1) - log_total_ct
     chunks = _split(queries, start, stop, tiling.queries)
-    rest = tuple(_chunks(x, tiling.queries) for x in (out_ct.astype(values.dtype), log_total, mean))
+    rest = tuple(_chunks(x, tiling.queries) for x in (out_ct, log_total, mean))
 
     def pull(sums: tuple[jax.Array, ...], xs: tuple[_Chunk, tuple[jax.Array, ...]]) -> tuple[Any, jax.Array]:
         chunk, (chunk_ct, chunk_total, chunk_mean) = xs

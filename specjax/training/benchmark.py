@@ -91,7 +91,7 @@ def benchmark_training(config: RunConfig, settings: Settings, progress: Progress
         InputError: anything wrong with mesh, batch size or target.
     """
     if settings.captured or settings.against_torch:
-        config = _updated(config, "data", taps=config.data.taps or "random")
+        config = updated(config, "data", taps=config.data.taps or "random")
     with mesh_of(config), matmul_precision(compute_dtype(config)):
         check_batch_size(config)
         progress("making the target")
@@ -120,7 +120,7 @@ def benchmark_training(config: RunConfig, settings: Settings, progress: Progress
     return report
 
 
-def _updated(config: RunConfig, section: str, **values: Any) -> RunConfig:
+def updated(config: RunConfig, section: str, **values: Any) -> RunConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
@@ -140,7 +140,7 @@ def with_mask_token(config: RunConfig, vocab_size: int) -> RunConfig:
     path = config.target.path
     if config.draft.mask_token_id is not None or load_tokenizer(path) is not None:
         return config
-    return _updated(config, "draft", mask_token_id=max(set(range(vocab_size)) - set(stop_token_ids(path))))
+    return updated(config, "draft", mask_token_id=max(set(range(vocab_size)) - set(stop_token_ids(path))))
 
 
 def synthetic_rows(config: RunConfig, vocab_size: int) -> dict[str, np.ndarray]:

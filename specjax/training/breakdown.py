@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from specjax.blockdiff.losses import Teacher
@@ -60,7 +61,7 @@ def context_scores(loss: BlockDiffusionLoss, draft: DFlashDraft, batch: Batch) -
     visible = scored = 0
     for kind in draft.config.layer_types:
         first, last = (x.reshape(b, -1) for x in draft.visible(kind, start, stop, size)[:2])
-        visible += int(jnp.maximum(last - first, 0).sum())
+        visible += int(np.asarray(jnp.maximum(last - first, 0)).sum(dtype=np.int64))
         scored += scored_pairs(first, last, keys, loss.query_chunk)
     return {"visible": visible / every_pair, "scored": scored / every_pair}
 

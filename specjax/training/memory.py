@@ -20,7 +20,7 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import BATCH
-from specjax.training.benchmark import states_shape, synthetic_rows, train_step_of, with_mask_token
+from specjax.training.benchmark import states_shape, synthetic_rows, train_step_of, updated, with_mask_token
 from specjax.training.run import check_batch_size, mesh_of
 from specjax.training.state import TrainState
 from specjax.training.tasks import check_mesh, compute_dtype, draft_task_of
@@ -35,7 +35,9 @@ def topology_devices(name: str) -> Sequence[jax.Device]:
     Raises:
         InputError: libtpu is not installed, or does not know the slice.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks the cloud's metadata server who it is
+    # Else libtpu asks the cloud's metadata server who it is, and lets one process at a time ask it anything.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:
@@ -51,23 +53,33 @@ def step_memory(
 ) -> dict[str, int]:
     """Bytes a device: arguments (parameters, optimizer state, target, batch), temporaries, and their sum, the peak.
 
+    Empty where the compiler finds that the devices have too little.
+
     Args:
-        config: of a draft. Only config.json is read of its target. With `data.taps` the target does not run, and the
-            batch holds its states.
-        vocab_size: instead of the target's. devices: to compile for, instead of those here.
+        config: of a draft. No weights are read, neither its target's nor those of `draft.init`. With `data.taps` the
+            target does not run, and the batch holds its states.
+        vocab_size: instead of the target's. devices: to compile for, instead of those here; the dtype auto is then
+            bfloat16.
 
     Raises:
         InputError: anything wrong with mesh, batch size or target.
     """
     shape = read_target_config(config.target.path)
-    shape = shape if vocab_size is None else replace(shape, vocab_size=vocab_size)
     config = with_mask_token(config, shape.vocab_size)
+    shape = shape if vocab_size is None else replace(shape, vocab_size=vocab_size)
+    if devices is not None and config.target.dtype == "auto":  # which would be this machine's
+        config = updated(config, "target", dtype="bfloat16")
     with mesh_of(config, devices) as mesh, matmul_precision(compute_dtype(config)):
         check_batch_size(config)
         check_mesh(shape)
         models, step = _abstract(config, shape)
         arguments = jax.tree.map(lambda x: _placed(x, mesh), (*models, _abstract_batch(config, shape)))
-        memory = step.lower(*arguments).compile().memory_analysis()
+        try:
+            memory = step.lower(*arguments).compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return {}
     found = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
     return found | {"peak": sum(found.values())}
 
@@ -78,7 +90,7 @@ def _abstract(config: RunConfig, shape: DecoderConfig) -> tuple[tuple[TrainState
 
     def make() -> tuple[TrainState[Any], Decoder]:
         target = Decoder(shape, rngs=nnx.Rngs(config.seed), dtype=dtype, param_dtype=dtype)
-        task = draft_task_of(config, target)
+        task = draft_task_of(config, target, load_init=False)
         optimizer, step = train_step_of(config, task)
         steps.append(step)
         return TrainState.create(task.model, optimizer, averages=config.optimizer.ema_decay is not None), target

@@ -42,8 +42,9 @@ from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 CONFIG_FILE = "config.yaml"
 METADATA_FILE = "metadata.json"
 DATA_FILE = "data.json"
-# Sections that a resumed run may change: they do not touch the sequence of updates.
+# Sections, and settings of others, that a resumed run may change: they touch the sequence of updates by rounding alone.
 FREE_ON_RESUME = ("checkpoint", "evaluation", "logging", "mesh", "output_dir")
+FREE_SETTINGS = (("data", "taps"), ("loss", "chunk_blocks"), ("training", "attention_chunk"))
 
 
 def train(config: RunConfig, *, generate: Generate | None = None, resume: bool = False) -> Path:
@@ -234,8 +235,7 @@ def mesh_of(config: RunConfig, devices: Sequence[jax.Device] | None = None) -> I
     data = mesh.data if mesh.data > 0 else len(devices) // (mesh.fsdp * mesh.tensor)
     if data * mesh.fsdp * mesh.tensor != len(devices):
         raise InputError(
-            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: does not divide the {len(devices)} devices "
-            "here"
+            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor}: does not divide the {len(devices)} devices"
         )
     made = make_mesh(data, mesh.fsdp, mesh.tensor, devices)
     with jax.set_mesh(made):
@@ -252,7 +252,9 @@ def _check_output(run: Path, config: RunConfig, resume: bool) -> None:
         raise InputError(f"output_dir {run} already holds a run; continue it with --resume, or choose another folder")
     old, new = load_config(previous).model_dump(), config.model_dump()
     for settings in (old, new):
-        del settings["data"]["taps"]  # the losses are the same with and without
+        for section, name in FREE_SETTINGS:
+            if settings[section] is not None:
+                del settings[section][name]
     changed = [line for name in old if name not in FREE_ON_RESUME for line in _differences(name, old[name], new[name])]
     if changed:
         raise InputError(

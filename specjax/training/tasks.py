@@ -74,8 +74,11 @@ def draft_task(config: RunConfig) -> Task:
     return replace(task, files=files)
 
 
-def draft_task_of(config: RunConfig, target: Decoder) -> Task:
-    """A fresh draft for `target`, which may have any weights of the config's target's shape; no files."""
+def draft_task_of(config: RunConfig, target: Decoder, *, load_init: bool = True) -> Task:
+    """A fresh draft for `target`, which may have any weights of the config's target's shape; no files.
+
+    load_init: give the draft the weights of `draft.init`, where that is set, and not only its shape.
+    """
     draft_config = draft_config_of(config)
     loss = BlockDiffusionLoss(
         objective=config.loss.objective,
@@ -89,7 +92,7 @@ def draft_task_of(config: RunConfig, target: Decoder) -> Task:
     )
     model = random_draft(draft_config, target, config.seed, compute_dtype(config))
     return Task(
-        model=model if config.draft.init is None else warm_started(model, target, config.draft.init),
+        model=warm_started(model, target, config.draft.init) if config.draft.init and load_init else model,
         loss=loss,
         frozen=target,
         evaluator=lambda batches, answers: draft_evaluator(loss, target, batches, answers),

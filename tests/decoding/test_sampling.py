@@ -95,6 +95,9 @@ def test_speculation_draws_what_autoregressive_decoding_draws() -> None:
             found = generate(target, prompts, oracle(table, 8), 40, seed=seeds, **HOT)
         expected = [simulate(len(p), a, row, 7, 40, []) for p, a, row in zip(prompts, longer, table, strict=True)]
         assert list(zip(found.tokens, found.rounds, strict=True)) == expected
+    assert generate(target, prompts, max_new_tokens=40, seed=3, **HOT).tokens == (
+        generate(target, prompts, max_new_tokens=40, seed=[3, 4, 5, 6], **HOT).tokens
+    )
     backwards = generate(target, prompts[::-1], max_new_tokens=40, seed=seeds[::-1], **HOT).tokens
     assert backwards[::-1] == alone
     assert generate(target, prompts[2:3], max_new_tokens=40, seed=seeds[2], **HOT).tokens == alone[2:3]

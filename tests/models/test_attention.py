@@ -110,9 +110,12 @@ def test_own_and_shared_segments_equal_a_dense_mask(seed: int, query_chunk: int)
     check(random_case(seed), query_chunk)
 
 
-@pytest.mark.parametrize(("tensor", "heads", "kv_heads"), [(8, 8, 2), (8, 16, 1), (2, 4, 2)])
-def test_heads_split_over_the_tensor_axis(tensor: int, heads: int, kv_heads: int) -> None:
-    with jax.set_mesh(make_mesh(tensor=tensor)):
+@pytest.mark.parametrize(
+    ("shape", "heads", "kv_heads"),
+    [((1, 1, 8), 8, 2), ((1, 1, 8), 16, 1), ((1, 1, 2), 4, 2), ((2, 1, 4), 4, 2), ((1, 2, 1), 4, 2)],
+)
+def test_rows_and_heads_split_over_the_mesh(shape: tuple[int, int, int], heads: int, kv_heads: int) -> None:
+    with jax.set_mesh(make_mesh(*shape)):
         check(random_case(7, heads, kv_heads), query_chunk=6)
 
 
@@ -196,21 +199,30 @@ def test_scored_pairs_are_those_of_the_tiles_from_the_first_to_the_last_visible_
         tiles = max(seen) // 6 - min(seen) // 6 + 1 if seen else 0
         expected += tiles * 6 * 6 * ROWS
     assert scored_pairs(jnp.asarray(start), jnp.asarray(stop), 40, query_chunk=6) == expected
-    assert scored_pairs(jnp.asarray(start), jnp.asarray(stop), 40, query_chunk=20) == ROWS * 20 * 40
+    assert scored_pairs(jnp.asarray(start), jnp.asarray(stop), 40, query_chunk=29) == ROWS * 20 * 40  # at once
 
 
 def test_bfloat16_rounds_weights_and_not_scores_or_sums() -> None:
-    """bf16 inputs leave the size of one bf16 rounding against float64, also over many tiles."""
+    """bf16 inputs leave the size of one bf16 rounding against float64, also over many tiles.
+
+    Values share a large part, which must cancel in the gradient of the scores.
+    """
     case = random_case(5)
+    case = case._replace(shared=(case.shared[0], case.shared[1] + 4, *case.shared[2:]))
     rounded = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16) if x.dtype == np.float32 else x, case)
     exact = jax.tree.map(lambda x: np.asarray(x, np.float32) if x.dtype == jnp.bfloat16 else x, rounded)
-    expected, _, seen = reference(exact)
-    for chunk in (1024, 6):
+    expected, expected_gradients, seen = reference(exact)
+    for chunk in (1024, 6, 1):
         out, gradients = output_and_gradients(*on_mesh(rounded), put(seen.numpy(), SPECS.shared_own_keys_bNkjh), chunk)
         assert out.dtype == gradients[0].dtype == jnp.bfloat16
         np.testing.assert_allclose(
-            np.where(seen, out.astype(jnp.float32), 0), np.where(seen, expected, 0), rtol=0, atol=2e-2
+            np.where(seen, out.astype(jnp.float32), 0), np.where(seen, expected, 0), rtol=4e-3, atol=4e-3
         )
+        errors = [
+            np.linalg.norm(ours.astype(jnp.float32) - theirs) / np.linalg.norm(theirs)
+            for ours, theirs in zip(gradients[:3], expected_gradients, strict=False)
+        ]
+        assert max(errors) < (0.015 if chunk == 1024 else 0.007)
 
 
 def test_the_scores_of_all_blocks_never_exist() -> None:
