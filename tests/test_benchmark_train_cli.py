@@ -15,7 +15,7 @@ from jax.experimental import topologies
 from specjax.benchmark import main
 from specjax.config import load_config
 from specjax.training import tasks
-from specjax.training.benchmark import _compiled, _with_target, synthetic_batch, updated
+from specjax.training.benchmark import _compiled, _with_target, synthetic_batch, updated, with_mask_token
 from specjax.training.memory import step_memory
 from specjax.training.run import mesh_of
 from specjax.training.tasks import draft_config_of, draft_task_of
@@ -184,9 +184,8 @@ def test_memory_of_what_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     draft = {"draft.init": str(old), "draft.mask_token_id": None}
     config = load_config(write_config(tmp_path, draft), [])
     old.mkdir()
-    (old / "config.json").write_text(
-        json.dumps(draft_config_to_hf(draft_config_of(updated(config, "draft", init=None))))
-    )
+    fresh = draft_config_of(with_mask_token(updated(config, "draft", init=None), 64))
+    (old / "config.json").write_text(json.dumps(draft_config_to_hf(fresh)))
     here = step_memory(config, vocab_size=1024)
     there = step_memory(config, vocab_size=1024, devices=jax.devices())
     assert there["arguments"] < here["arguments"]  # the target's, in half the bytes
