@@ -1,4 +1,4 @@
-"""Measures training, decoding or loading: `python -m specjax.benchmark train|decode|load ...`."""
+"""Measures training, decoding, loading or recipes: `python -m specjax.benchmark train|decode|load|recipes ...`."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     load.add_argument("--runs", type=int, default=3)
     load.add_argument("--json", type=Path, help="also write the report here")
     _add_train(commands)
+    recipes = commands.add_parser("recipes", help="acceptance of drafts trained by variants of a run config")
+    recipes.add_argument("spec", help="YAML file of variants, such as configs/quickstart-recipes.yaml")
+    recipes.add_argument("--out", required=True, type=Path, help="folder of the runs and of the table; continued")
+    recipes.set_defaults(json=None)
     args = parser.parse_args(argv)
     for name, least in (("runs", 1), ("limit", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0)):
         if getattr(args, name, None) is not None and getattr(args, name) < least:
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--json {args.json} is a folder; give a file")
     if args.command == "decode" and args.compare_hf and args.batch_size != 1:
         raise InputError(f"--compare-hf decodes one prompt at a time; --batch-size is {args.batch_size}, leave it 1")
-    report = {"train": _train, "decode": _decode, "load": _load}[args.command](args)
+    report = {"train": _train, "decode": _decode, "load": _load, "recipes": _recipes}[args.command](args)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
@@ -168,6 +172,30 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
             ("peak extra anonymous memory", "not known here" if extra is None else f"{extra:.2f} largest tensors"),
         ],
     )
+    return report
+
+
+def _recipes(args: argparse.Namespace) -> dict[str, Any]:
+    from specjax.recipe_table import comparison, markdown
+    from specjax.recipes import CommandError, carry_out, load_spec, planned_runs
+
+    spec = load_spec(args.spec)
+    runs = planned_runs(spec, args.spec, args.out)
+    try:
+        failed = carry_out(spec, runs, args.out, lambda text: print(text, flush=True))
+    except CommandError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues") from None
+    report = comparison(spec, runs, failed)
+    table = markdown(report)
+    print(f"\n{table}")
+    text = json.dumps(report | {"metadata": run_metadata()}, indent=2) + "\n"
+    for name, content in (("recipes.json", text), ("recipes.md", table)):
+        (args.out / name).write_text(content, encoding="utf-8")
+        print(f"wrote {args.out / name}")
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; see above. The same command tries them again")
     return report
 
 
