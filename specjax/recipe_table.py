@@ -70,8 +70,9 @@ def markdown(report: dict[str, Any]) -> str:
         cells += [_shown(variant["speedup_decode"][c], ".2f", several) for c in columns[:1]]
         lines.append(_row([*cells, _shown(variant["step_s"], ".3f", several)]))
     lines += ["", f"{report['steps']} steps each; at most {report['max_new_tokens']} new tokens."]
-    shares = [f"{c} {report['prompts'][c]} / {report['repeated_4grams'][c]:.3f}" for c in columns]
-    lines += [f"Prompts / repeated 4-grams of the answers, the same for every variant: {', '.join(shares)}."]
+    if columns:
+        shares = [f"{c} {report['prompts'][c]} / {report['repeated_4grams'][c]:.3f}" for c in columns]
+        lines += [f"Prompts / repeated 4-grams of the answers, the same for every variant: {', '.join(shares)}."]
     if any(len(variant["seeds"]) > 1 for variant in report["variants"]):
         lines += ["Several seeds: mean (least to greatest)."]
     if report["not_identical"]:

@@ -157,46 +157,48 @@ def carry_out(spec: Spec, runs: list[Run], out: Path, say: Say) -> dict[str, str
     """
     out.mkdir(parents=True, exist_ok=True)
     if spec.embedded_data is not None:
-        _carry_out(_data_command(spec, spec.embedded_data), out / "data.log", say)
-    recipes = [_recipe(spec, run) for run in runs]
-    for run, recipe in zip(runs, recipes, strict=True):
-        if (run.folder / RECIPE_FILE).exists():
-            check_recipe(
-                run.folder / RECIPE_FILE,
-                recipe,
-                otherwise="the run was made with other settings",
-                remedy=f"delete {run.folder}, or give the variant another name",
-            )
+        run_command(_data_command(spec, spec.embedded_data), out / "data.log", say)
+    measurement = _measurement(spec)
+    measured = [run for run in runs if (run.folder / BENCHMARK_FILE).exists()]
+    for run in measured:
+        check_recipe(
+            run.folder / RECIPE_FILE,
+            _settings(run.config) | measurement,
+            otherwise="the run was made with other settings",
+            remedy=f"delete {run.folder}, or give the variant another name",
+        )
     failed = {}
-    for run, recipe in zip(runs, recipes, strict=True):
-        if (run.folder / BENCHMARK_FILE).exists():
+    for run in runs:
+        if run in measured:
             say(f"{run.label}: is measured already")
             continue
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(run.folder / RECIPE_FILE, recipe)
         try:
-            _train_and_measure(spec, run, out, say)
+            report = _train_and_measure(spec, run, out, say)
+            write_recipe(run.folder / RECIPE_FILE, _settings(run.config) | measurement)
+            os.replace(report, run.folder / BENCHMARK_FILE)
         except CommandError as error:
             failed[run.label] = str(error)
             say(f"{run.label}: failed: {error}")
     return failed
 
 
-def _train_and_measure(spec: Spec, run: Run, out: Path, say: Say) -> None:
+def _train_and_measure(spec: Spec, run: Run, out: Path, say: Say) -> Path:
+    """Carries out what is missing of a run; returns the file of its measurement."""
     from specjax.weights.orbax_checkpoint import latest_step
 
     overrides = list(run.overrides)
     if spec.capture:
         taps = str(out / "taps" / _data_key(run.config))
-        _carry_out(["specjax.capture", spec.base, taps, *overrides], run.log, say)
+        run_command(["specjax.capture", spec.base, taps, *overrides], run.log, say)
         overrides.append(f"data.taps={taps}")
-    _carry_out(["specjax.train", spec.base, *overrides, "--resume"], run.log, say)
+    run_command(["specjax.train", spec.base, *overrides, "--resume"], run.log, say)
     if latest_step(run.folder) != run.config.training.steps:
         raise CommandError(f"training stopped at step {latest_step(run.folder)}; the same command continues it")
     draft, report = run.folder / "draft", run.folder / f"{BENCHMARK_FILE}.partial"
-    _carry_out(["converters.flax_to_hf", str(run.folder), str(draft), "--step", "best"], run.log, say)
-    _carry_out(_decode_command(spec, run.config, draft, report), run.log, say)
-    os.replace(report, run.folder / BENCHMARK_FILE)
+    run_command(["converters.flax_to_hf", str(run.folder), str(draft), "--step", "best"], run.log, say)
+    run_command(_decode_command(spec, run.config, draft, report), run.log, say)
+    return report
 
 
 def _data_command(spec: Spec, data: EmbeddedData) -> list[str]:
@@ -220,8 +222,13 @@ def _decode_command(spec: Spec, config: RunConfig, draft: Path, report: Path) ->
     return ["specjax.benchmark", "decode", "--data", *spec.prompts, *named]
 
 
-def _carry_out(command: list[str], log: Path, say: Say) -> None:
-    """Runs `python -m command`, its output appended to `log`. A signal to stop is waited for: a trainer saves first."""
+def run_command(command: list[str], log: Path, say: Say) -> None:
+    """Runs `python -m command` to its end, its output appended to `log`; asked to stop, it first waits for the child,
+    which saves.
+
+    Raises:
+        CommandError: another status than 0.
+    """
     shown = f"python -m {shlex.join(command)}"
     say(shown)
     with log.open("ab") as output:
@@ -244,23 +251,22 @@ def _carry_out(command: list[str], log: Path, say: Say) -> None:
         raise CommandError("\n  ".join([f"status {status} of {shown}", *lines, f"(all of it: {log})"]))
 
 
-def _recipe(spec: Spec, run: Run) -> dict[str, Any]:
-    """What decides a run's figures, by setting; the states that it is trained on are not among them."""
-    settings = run.config.model_dump(mode="json")
+def _measurement(spec: Spec) -> dict[str, Any]:
+    """What decides a draft's figures."""
+    digests = {}
+    for path in spec.prompts:
+        try:
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError as error:
+            raise InputError(f"prompts {path}: cannot be read ({error.strerror}); give a JSONL file") from error
+    return {"prompts": digests, "max_new_tokens": spec.max_new_tokens, "timed_passes": spec.timed_passes}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """The settings of a run that decide its draft, by dotted name."""
+    settings = config.model_dump(mode="json")
     del settings["output_dir"], settings["data"]["taps"]
-    measured = {
-        "prompts": {path: hashlib.sha256(_read(path)).hexdigest() for path in spec.prompts},
-        "max_new_tokens": spec.max_new_tokens,
-        "timed_passes": spec.timed_passes,
-    }
-    return dict(_flat("", settings)) | measured
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"prompts {path}: cannot be read ({error.strerror}); give a JSONL file") from error
+    return dict(_flat("", settings))
 
 
 def _flat(prefix: str, settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
