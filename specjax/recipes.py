@@ -57,13 +57,17 @@ class Spec(Section):
 
     base: str = Field(description="run config that the variants differ from")
     embedded_data: EmbeddedData | None = Field(
-        None, description="first write the quickstart's data, beside the file in base's data.train; null: it is there"
+        None,
+        description="first write the quickstart's data beside the file in base's data.train: "
+        "{train_prompts: 1920, heldout_prompts: 60}; null: it is there",
     )
-    prompts: tuple[str, ...] = Field(min_length=1, description="held-out prompts: JSONL files, a column each")
+    prompts: tuple[str, ...] = Field(min_length=1, description="held out: JSONL files, a column each, and their total")
     max_new_tokens: int = Field(128, ge=2, description="of an answer")
     timed_passes: int = Field(1, ge=1, description="over all prompts, autoregressive and speculative in turn")
     capture: bool = Field(False, description="compute the target's states once for all runs on the same data")
-    variants: tuple[Variant, ...] = Field(min_length=1, description="what is compared")
+    variants: tuple[Variant, ...] = Field(
+        min_length=1, description="of each a name, overrides as on the command line ([]) and seeds ([0]), a run each"
+    )
 
     @model_validator(mode="after")
     def _named_once(self) -> Spec:

@@ -132,9 +132,14 @@ def test_the_other_runs_of_a_failed_one_are_kept(compared: Path) -> None:
     assert lengths[0]["mean"] >= lengths[1]["mean"]
 
 
-def test_runs_on_the_same_data_share_its_states(compared: Path, commands: Commands) -> None:
+def test_runs_on_the_same_data_share_its_states_and_the_best_checkpoint_is_measured(
+    compared: Path, commands: Commands
+) -> None:
     (taps,) = (compared / "taps").iterdir()
-    assert all(f"data.taps={taps}" in command for command in commands if command[0] == "specjax.train")
+    by_name = {name: [c for c in commands if c[0] == name] for name in ("specjax.train", "converters.flax_to_hf")}
+    assert all(f"data.taps={taps}" in command for command in by_name["specjax.train"])
+    assert all(command[-2:] == ["--step", "best"] for command in by_name["converters.flax_to_hf"])
+    assert [len(ran) for ran in by_name.values()] == [2, 2]
 
 
 def test_a_call_that_was_stopped_is_continued_with_what_is_missing(
