@@ -31,7 +31,7 @@ from specjax.data.recipe_file import check_recipe, write_recipe
 from specjax.errors import InputError
 
 RECIPE_FILE, BENCHMARK_FILE = "recipe.json", "benchmark.json"
-OWNED = ("output_dir", "seed", "data.taps")  # settings that this command gives to every run
+OWNED = ("output_dir", "seed")  # settings that this command gives to every run
 LOG_TAIL = 12  # lines shown of a command that failed
 
 Say = Callable[[str], None]

@@ -42,7 +42,7 @@ Commands = list[list[str]]
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """target/, data/, base.yaml, and the prompts near.jsonl and far.jsonl."""
+    """target/, data/, base.yaml, decoder.yaml of another kind, and the prompts near.jsonl and far.jsonl."""
     folder = tmp_path_factory.mktemp("recipes")
     save_tiny_target(folder / "target")
     (folder / "data").mkdir()
@@ -50,6 +50,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_rows(folder / "data" / f"{name}.jsonl", count, seed=seed)
     base = raw_run(folder / "target", folder / "data", folder / "base")
     (folder / "base.yaml").write_text(yaml.safe_dump(base))
+    decoder = {"kind": "causal_lm", "data": {"train": base["data"]["train"]}, "training": {"steps": STEPS}}
+    (folder / "decoder.yaml").write_text(yaml.safe_dump({k: base[k] for k in ("output_dir", "target")} | decoder))
     for name, start in (("near", 3), ("far", 40)):
         rows = [{"input_ids": [start + i, start + 2 * i, 7], "loss_mask": [0, 0, 0]} for i in range(2)]
         write_jsonl(folder / f"{name}.jsonl", *rows)
@@ -73,9 +75,9 @@ def commands() -> Iterator[Commands]:
         yield ran
 
 
-def write_spec(sources: Path, *variants: dict[str, Any], **changes: Any) -> str:
+def write_spec(sources: Path, *variants: dict[str, Any], base: str = "base.yaml", **changes: Any) -> str:
     spec = {
-        "base": str(sources / "base.yaml"),
+        "base": str(sources / base),
         "prompts": [str(sources / "near.jsonl"), str(sources / "far.jsonl")],
         "max_new_tokens": NEW,
         "capture": True,
@@ -226,6 +228,8 @@ refused = partial(refusal, main)
         ([PLAIN | {"overrides": ["training.steps=null"]}], {}, "variant plain: training.epochs is set"),
         ([PLAIN | {"overrides": ["data.validation=[]"]}], {}, "variant plain: no validation data"),
         ([PLAIN | {"overrides": ["logging.tensorboard=false"]}], {}, "variant plain: logging.tensorboard is false"),
+        ([PLAIN | {"overrides": ["data.taps=x"]}], {}, "variant plain: data.taps is set"),
+        ([PLAIN], {"base": "decoder.yaml"}, "variant plain: kind is causal_lm"),
         ([UNIFORM | {"seeds": [9]}], {"prompts": ["nowhere.jsonl"]}, "prompts nowhere.jsonl: cannot be read"),
         ([UNIFORM], {"max_new_tokens": NEW + 1}, f"made with other settings: max_new_tokens is {NEW}, now {NEW + 1}"),
         ([UNIFORM | {"overrides": []}], {}, "other settings: loss.weighting is 'uniform', now 'exp'"),
@@ -254,7 +258,7 @@ def test_a_command_that_fails_is_shown_with_its_error(tmp_path: Path) -> None:
 def test_asked_to_stop_it_waits_for_the_command_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sleeper.py").write_text(
         "import signal, sys, time\n"
-        "def save(*_): time.sleep(0.2); print('saved', flush=True); sys.exit()\n"
+        "def save(*_): time.sleep(0.8); print('saved', flush=True); sys.exit()\n"
         "signal.signal(signal.SIGTERM, save)\n"
         "print('ready', flush=True)\n"
         "time.sleep(60)\n"
