@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -24,9 +23,9 @@ from converters.flax_to_hf import main as export
 from specjax import recipes
 from specjax.benchmark import main
 from specjax.config import load_config
-from specjax.recipe_table import spread
 from specjax.recipes import CommandError, load_spec, planned_runs, run_command
 from specjax.weights.orbax_checkpoint import latest_step
+from specjax.weights.safetensors_files import SINGLE_FILE
 from tests.model_folders import write_jsonl
 from tests.refusals import refusal
 from tests.training.tiny import STEPS, raw_run, save_tiny_target, train, write_rows
@@ -113,6 +112,8 @@ def test_a_run_is_what_training_and_decoding_by_hand_give(compared: Path, source
     models = ["--target", str(sources / "target"), "--draft", str(tmp_path / "draft")]
     options = ["--max-new-tokens", str(NEW), "--runs", "1", "--json", str(tmp_path / "direct.json")]
     main(["decode", *models, "--data", *prompts, *options])
+    kept = compared / "runs" / "plain" / f"seed-{SEED}"
+    assert (kept / "draft" / SINGLE_FILE).read_bytes() == (tmp_path / "draft" / SINGLE_FILE).read_bytes()
     direct = json.loads((tmp_path / "direct.json").read_text())["decode"]
     report = report_of(compared)
     (plain,) = [run for run in report["runs"] if (run["variant"], run["seed"]) == ("plain", SEED)]
@@ -129,9 +130,6 @@ def test_the_other_runs_of_a_failed_one_are_kept(compared: Path) -> None:
     assert "FAILED: broken, seed 0." in (compared / "recipes.md").read_text()
     assert cells(compared, "broken")[1:] == ["0", *["-"] * 5]
     assert [(run["variant"], run["seed"]) for run in report["runs"]] == [("plain", SEED), ("uniform", 0)]
-    lengths = [variant["acceptance_length"]["all"] for variant in report["variants"]]
-    assert lengths[2] is None
-    assert lengths[0]["mean"] >= lengths[1]["mean"]
 
 
 def test_runs_on_the_same_data_share_its_states_and_the_best_checkpoint_is_measured(
@@ -167,23 +165,9 @@ def test_a_call_that_was_stopped_is_continued_with_what_is_missing(
     main(call)
     assert all(any(added.name in part for part in command) for command in commands)
     assert {path: path.stat().st_mtime_ns for path in (added / "checkpoints").rglob("*")} == saved
-    report = report_of(compared)
-    assert [run for run in report["runs"] if run["seed"] != ADDED] == before
-    check_rows(compared, report, {"plain": [SEED], "uniform": [0, ADDED]})
-
-
-def check_rows(out: Path, report: dict[str, Any], variants: dict[str, list[int]]) -> None:
-    """Every row of the table against the figures of its runs."""
-    for name, seeds in variants.items():
-        runs = [run for run in report["runs"] if run["variant"] == name]
-        assert [run["seed"] for run in runs] == seeds
-        row = cells(out, name)
-        assert row[1] == str(len(seeds))
-        for column, shown in zip(report["columns"], row[2:5], strict=True):
-            lengths = np.array([run["acceptance_length"][column] for run in runs])
-            several = f" ({lengths.min():.2f} to {lengths.max():.2f})" if len(seeds) > 1 else ""
-            assert shown == f"{lengths.mean():.2f}{several}"
-        assert row[6].split()[0] == f"{np.mean([run['step_s'] for run in runs]):.3f}"
+    after = report_of(compared)["runs"]
+    assert [run for run in after if run["seed"] != ADDED] == before
+    assert len(after) == 3
 
 
 def test_a_training_that_stops_early_is_not_measured(
@@ -193,16 +177,6 @@ def test_a_training_that_stops_early_is_not_measured(
     with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         main(["recipes", write_spec(sources, UNIFORM), "--out", str(tmp_path)])
     assert "training stopped at step None" in report_of(tmp_path)["failed"]["uniform, seed 0"]
-
-
-@pytest.mark.parametrize("values", [[3.25], [2.5, 3.75, 2.0]])
-def test_a_spread_is_mean_least_and_greatest(values: list[float]) -> None:
-    assert spread(values) == {"mean": np.mean(values), "min": np.min(values), "max": np.max(values)}
-
-
-def test_a_spread_over_what_is_missing_is_none() -> None:
-    assert spread([]) is None
-    assert spread([2.0, None]) is None
 
 
 refused = partial(refusal, main)
