@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load.add_argument("--json", type=Path, help="also write the report here")
     _add_train(commands)
     recipes = commands.add_parser("recipes", help="acceptance of drafts trained by variants of a run config")
-    recipes.add_argument("spec", help="YAML file of variants, such as configs/quickstart-recipes.yaml")
+    recipes.add_argument("spec", help="YAML file of variants, such as configs/recipes/quickstart.yaml")
     recipes.add_argument("--out", required=True, type=Path, help="folder of the runs and of the table; continued")
     recipes.set_defaults(json=None)
     args = parser.parse_args(argv)

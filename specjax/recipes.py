@@ -102,7 +102,7 @@ class Run:
 
 def load_spec(path: str | Path) -> Spec:
     """Raises InputError naming the file and what is wrong in it."""
-    raw = read_mapping(path, "a YAML file of variants, such as configs/quickstart-recipes.yaml")
+    raw = read_mapping(path, "a YAML file of variants, such as configs/recipes/quickstart.yaml")
     return validated(Spec, raw, str(path))
 
 

@@ -30,7 +30,7 @@ from tests.model_folders import write_jsonl
 from tests.refusals import refusal
 from tests.training.tiny import STEPS, raw_run, save_tiny_target, train, write_rows
 
-CONFIG = Path(__file__).resolve().parent.parent / "configs" / "quickstart-recipes.yaml"
+CONFIG = Path(__file__).resolve().parent.parent / "configs" / "recipes" / "quickstart.yaml"
 NEW, SEED, ADDED = 6, 3, 5
 PLAIN = {"name": "plain", "seeds": [SEED]}
 UNIFORM = {"name": "uniform", "overrides": ["loss.weighting=uniform", "loss.gamma=null"]}
