@@ -1,4 +1,4 @@
-"""Measures training, its memory, decoding or loading: `python -m specjax.benchmark train|memory|decode|load ...`."""
+"""Measures training, its memory, recipes, decoding or loading: `specjax.benchmark train|memory|recipes|decode|load`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     load.add_argument("--json", type=Path, help="also write the report here")
     _add_train(commands)
     _add_memory(commands)
+    recipes = commands.add_parser("recipes", help="acceptance of drafts trained by variants of a run config")
+    recipes.add_argument("spec", help="YAML file of variants, such as configs/recipes/quickstart.yaml")
+    recipes.add_argument("--out", required=True, type=Path, help="folder of the runs and of the table; continued")
+    recipes.set_defaults(json=None)
     args = parser.parse_args(argv)
     if any(size < 2 for size in getattr(args, "vocab_size", ())):
         raise InputError(f"--vocab-size is {min(args.vocab_size)}; give at least 2")
@@ -47,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--json {args.json} is a folder; give a file")
     if args.command == "decode" and args.compare_hf and args.batch_size != 1:
         raise InputError(f"--compare-hf decodes one prompt at a time; --batch-size is {args.batch_size}, leave it 1")
-    report = {"train": _train, "memory": _memory, "decode": _decode, "load": _load}[args.command](args)
+    commands_by_name = {"train": _train, "memory": _memory, "recipes": _recipes, "decode": _decode, "load": _load}
+    report = commands_by_name[args.command](args)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(
@@ -210,6 +215,30 @@ def _load(args: argparse.Namespace) -> dict[str, Any]:
             ("peak extra anonymous memory", "not known here" if extra is None else f"{extra:.2f} largest tensors"),
         ],
     )
+    return report
+
+
+def _recipes(args: argparse.Namespace) -> dict[str, Any]:
+    from specjax.recipe_table import comparison, markdown
+    from specjax.recipes import CommandError, carry_out, load_spec, planned_runs
+
+    spec = load_spec(args.spec)
+    runs = planned_runs(spec, args.spec, args.out)
+    try:
+        failed = carry_out(spec, runs, args.out, lambda text: print(text, flush=True))
+    except CommandError as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues") from None
+    report = comparison(spec, runs, failed)
+    table = markdown(report)
+    print(f"\n{table}")
+    text = json.dumps(report | {"metadata": run_metadata()}, indent=2) + "\n"
+    for name, content in (("recipes.json", text), ("recipes.md", table)):
+        (args.out / name).write_text(content, encoding="utf-8")
+        print(f"wrote {args.out / name}")
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; see above. The same command tries them again")
     return report
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import yaml
@@ -32,6 +32,7 @@ from specjax.config_sections import (
 )
 from specjax.errors import InputError
 
+SectionType = TypeVar("SectionType", bound=Section)
 DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}  # by block size
 # Of each pair only the one in force is written.
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
@@ -110,13 +111,18 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         InputError: unreadable file, unknown key (with its nearest neighbour), wrong type or value.
     """
-    path = Path(path)
+    raw = read_mapping(path, "a YAML run config, such as those in configs/")
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw, f"{path} with {' '.join(overrides)}" if overrides else str(path))
+
+
+def read_mapping(path: str | Path, wanted: str) -> dict[str, Any]:
+    """The settings of a YAML file. Raises InputError where it is none; `wanted` says what it should be."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); give a YAML run config, such as those in configs/"
-        ) from error
+        raise InputError(f"{path}: cannot be read ({error}); give {wanted}") from error
     try:
         raw = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -124,17 +130,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         found = "is empty" if raw is None else f"holds a {type(raw).__name__}"
         raise InputError(f"{path}: {found}; give sections of settings, as the files in configs/ do")
-    for override in overrides:
-        _apply(raw, override)
-    return parse_config(raw, f"{path} with {' '.join(overrides)}" if overrides else str(path))
+    return raw
 
 
 def parse_config(raw: Mapping[str, Any], source: str) -> RunConfig:
     """Validates a mapping of sections; errors as `load_config`, with `source` as the file."""
+    return validated(RunConfig, raw, source)
+
+
+def validated(model: type[SectionType], raw: Mapping[str, Any], source: str) -> SectionType:
+    """The settings `raw` as a `model`. Raises InputError with one line for each mistake; `source` names the file."""
     try:
-        return RunConfig.model_validate(_tuples(raw))
+        return model.model_validate(_tuples(raw))
     except pydantic.ValidationError as error:
-        raise InputError(f"{source}: " + "\n  ".join(problems(error, RunConfig))) from None
+        raise InputError(f"{source}: " + "\n  ".join(problems(error, model))) from None
 
 
 def dump_config(config: RunConfig) -> str:

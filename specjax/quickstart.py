@@ -25,6 +25,7 @@ from specjax.errors import InputError, exit_on_input_error
 from specjax.metadata import run_metadata
 
 if TYPE_CHECKING:
+    from specjax.data.embedded.splitting import Conversation
     from specjax.decoding.benchmark import Report
     from specjax.models.decoder import Decoder
 
@@ -75,6 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--heldout-prompts", type=int, default=60, help="a third of them code")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=2, help="timed repetitions")
+    parser.add_argument("--data-only", action="store_true", help="write the data to compare recipes on, and stop")
     args = parser.parse_intermixed_args(argv)
     if "=" in args.config:
         args.config, args.overrides = DEFAULT_CONFIG, [args.config, *args.overrides]
@@ -86,6 +88,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     config = load_config(args.config, args.overrides)
     check(config)
+    if args.data_only:
+        write_data(config, sizes)
+        return
     reports = run(config, sizes)
     print(f"done in {(time.perf_counter() - started) / 60:.1f} minutes")
     if not reports["all"]["identical"]:
@@ -115,23 +120,11 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     from specjax.models.precision import matmul_precision
     from specjax.training.capture import capture
     from specjax.training.run import train
-    from specjax.training.tasks import draft_config_of
     from specjax.weights.orbax_checkpoint import latest_step
-    from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
-    draft_config_of(config)  # a draft that does not fit is refused before answers are written
     folder = Path(config.output_dir)
     with matmul_precision("float32"):
-        target = weights.load_target(config.target.path, dtype="float32")
-        tokenizer = load_tokenizer(config.target.path)
-        stops = stop_token_ids(config.target.path)
-        measured, validation = prompt_counts(sizes.heldout_prompts), prompt_counts(VALIDATION_PROMPTS)
-        prompts = embedded_prompts(
-            tokenizer, "heldout", {domain: count + validation[domain] for domain, count in measured.items()}
-        )
-        heldout = {domain: prompts[domain][:count] for domain, count in measured.items()}
-        beyond = {domain: prompts[domain][count:] for domain, count in measured.items()}
-        answer_files(config, sizes, target, tokenizer, stops, beyond)
+        target, stops, heldout = prepare(config, sizes)
         taps = capture(config, config.data.taps or folder / TAPS, print)
         with_taps = config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})})
         train(with_taps, generate=generate, resume=True)
@@ -147,6 +140,48 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     return reports
 
 
+def prepare(config: RunConfig, sizes: Sizes) -> tuple[Decoder, tuple[int, ...], Prompts]:
+    """Sees to the answers to train on; returns the target, its stop tokens and the held-out prompts."""
+    from specjax import weights
+    from specjax.training.tasks import draft_config_of
+    from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
+
+    draft_config_of(config)  # a draft that does not fit is refused before answers are written
+    target = weights.load_target(config.target.path, dtype="float32")
+    tokenizer = load_tokenizer(config.target.path)
+    stops = stop_token_ids(config.target.path)
+    measured, validation = prompt_counts(sizes.heldout_prompts), prompt_counts(VALIDATION_PROMPTS)
+    prompts = embedded_prompts(
+        tokenizer, "heldout", {domain: count + validation[domain] for domain, count in measured.items()}
+    )
+    heldout = {domain: prompts[domain][:count] for domain, count in measured.items()}
+    beyond = {domain: prompts[domain][count:] for domain, count in measured.items()}
+    answer_files(config, sizes, target, tokenizer, stops, beyond)
+    return target, stops, heldout
+
+
+def write_data(config: RunConfig, sizes: Sizes) -> None:
+    """Writes what recipes are compared on, beside the answers to train on: `original.jsonl`, the corpus' own answers
+    to the same prompts, and `heldout/`, the held-out prompts of each domain."""
+    from specjax.data.dialogues import answer_record
+    from specjax.data.recipe_file import write_whole
+    from specjax.models.precision import matmul_precision
+    from specjax.weights.tokenizer import load_tokenizer
+
+    with matmul_precision("float32"):
+        heldout = prepare(config, sizes)[2]
+    tokenizer = load_tokenizer(config.target.path)
+    training = embedded_conversations(tokenizer, "train", prompt_counts(sizes.train_prompts))
+    files: dict[str, list[Any]] = {"original": [pair[0] for pairs in training.values() for pair in pairs]}
+    for domain, prompts in heldout.items():
+        files[f"heldout/{domain.replace(' ', '_')}"] = [answer_record(prompt, ()) for prompt in prompts]
+    for name, records in files.items():
+        path = Path(config.data.weighted_sources[0][0]).parent / f"{name}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+        print(f"wrote {path}")
+
+
 def prompt_counts(prompts: int) -> dict[str, int]:
     """How many of at least two prompts each domain has."""
     code = round(prompts * CODE_SHARE)
@@ -154,7 +189,15 @@ def prompt_counts(prompts: int) -> dict[str, int]:
 
 
 def embedded_prompts(tokenizer: Any, split: Any, counts: dict[str, int]) -> Prompts:
-    """`counts[domain]` prompts of each domain from a split of the embedded corpus, as token ids.
+    """The prompts of `embedded_conversations`, as token ids."""
+    pairs = embedded_conversations(tokenizer, split, counts)
+    return {domain: [prompt for _, prompt in found] for domain, found in pairs.items()}
+
+
+def embedded_conversations(
+    tokenizer: Any, split: Any, counts: dict[str, int]
+) -> dict[str, list[tuple[Conversation, list[int]]]]:
+    """`counts[domain]` conversations of each domain from a split of the embedded corpus, each with its prompt's ids.
 
     Raises:
         InputError: the corpus holds fewer.
@@ -166,16 +209,16 @@ def embedded_prompts(tokenizer: Any, split: Any, counts: dict[str, int]) -> Prom
     random.Random(0).shuffle(stdlib)
     code, problems = DOMAINS
     sources = {code: stdlib, problems: word_problems(counts[problems], WORD_PROBLEM_SEEDS[split], split)}
-    prompts = {}
+    found = {}
     for domain, conversations in sources.items():
-        ids = (chat_prompt(c["messages"][:1], tokenizer, domain) for c in conversations)
-        prompts[domain] = list(islice((p for p in ids if len(p) <= MAX_PROMPT_TOKENS), counts[domain]))
-        if len(prompts[domain]) < counts[domain]:
+        pairs = ((c, chat_prompt(c["messages"][:1], tokenizer, domain)) for c in conversations)
+        found[domain] = list(islice((p for p in pairs if len(p[1]) <= MAX_PROMPT_TOKENS), counts[domain]))
+        if len(found[domain]) < counts[domain]:
             raise InputError(
                 f"{counts[domain]} {split} prompts of domain {domain} are needed, and there are "
-                f"{len(prompts[domain])}; ask for fewer --train-prompts or --heldout-prompts"
+                f"{len(found[domain])}; ask for fewer --train-prompts or --heldout-prompts"
             )
-    return prompts
+    return found
 
 
 def answer_files(

@@ -15,11 +15,13 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
-from specjax.config import RunConfig, parse_config
+from specjax.config import RunConfig, parse_config, validated
+from specjax.recipes import Spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 SMALLEST = {"output_dir": "x", "target": {"path": "x"}, "data": {"train": ["x"]}}
+SMALLEST_SPEC = validated(Spec, {"base": "x", "prompts": ["x"], "variants": [{"name": "x"}]}, "docs")
 MODULE = re.compile(r"python -m ((?:specjax|converters)[.\w]*)")
 FILE = re.compile(r"\b(?:configs|scripts|docs|tests)/[\w.-]+\.(?:yaml|sh|py|md)\b")
 SHELL = {"&", "&&", "|", ";", ">"}
@@ -27,7 +29,7 @@ LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 
 
 def config_rows(model: type[BaseModel] = RunConfig, prefix: str = "", values: Any = None) -> Iterator[str]:
-    """The rows of the table in docs/train.md: setting, default, meaning."""
+    """The rows of a table in docs/train.md: setting, default, meaning."""
     values = parse_config(SMALLEST, "docs") if values is None else values
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
@@ -66,8 +68,8 @@ def snippets() -> list[tuple[str, str]]:
     return [(page.name, snippet) for page in PAGES for snippet in code(page)[1]]
 
 
-@pytest.mark.parametrize("row", list(config_rows()))
-def test_the_table_of_settings_is_that_of_the_config(row: str) -> None:
+@pytest.mark.parametrize("row", [*config_rows(), *config_rows(Spec, values=SMALLEST_SPEC)])
+def test_a_table_of_settings_is_that_of_the_schema(row: str) -> None:
     assert row in (ROOT / "docs" / "train.md").read_text(encoding="utf-8").splitlines()
 
 

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from specjax import quickstart
 from specjax.data import embedded
-from specjax.data.embedded import stdlib_conversations
+from specjax.data.embedded import stdlib_conversations, word_problems
+from specjax.data.prompts import chat_prompt, read_prompts
 from specjax.generate import main as generate_main
 from specjax.quickstart import SUMMARY_FIELDS, embedded_prompts, main, prompt_counts
 from specjax.weights import load_draft, read_fingerprint
@@ -151,6 +152,24 @@ def test_a_second_call_resumes_and_answers_nothing_again(
     assert sorted(kept) == sorted(path for folder in folders for path in folder.iterdir())
     assert (finished / "summary.json").exists()
     assert f"steps {STEPS} to {STEPS}" in capsys.readouterr().out
+
+
+def test_the_data_alone_is_what_recipes_are_compared_on(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specjax.training.run.train", None)
+    main([*arguments(target, finished), "--data-only"])
+    tokenizer, data = AutoTokenizer.from_pretrained(target), finished / "data"
+    heldout = embedded_prompts(tokenizer, "heldout", prompt_counts(HELDOUT))
+    assert [read_prompts([data / "heldout" / f"{name}.jsonl"], None) for name in ("code", "word_problems")] == [
+        *heldout.values()
+    ]
+    pairs = [tuple(message["content"] for message in row["messages"]) for row in rows(data / "original.jsonl")]
+    corpus = [*embedded.stdlib_conversations("train"), *word_problems(TRAIN, 0, "train")]
+    assert set(pairs) <= {tuple(message["content"] for message in c["messages"]) for c in corpus}
+    asked = [chat_prompt([{"role": "user", "content": prompt}], tokenizer, "x") for prompt, _ in pairs]
+    answered = [row["input_ids"][: row["loss_mask"].index(1)] for row in rows(data / "train.jsonl")]
+    assert sorted(asked) == sorted(answered)
 
 
 def test_the_run_folder_is_itself_a_draft(finished: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
