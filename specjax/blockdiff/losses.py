@@ -123,7 +123,8 @@ def block_loss(
     hidden, labels, mask = (_split(x[:, :, 1:], chunk_blocks) for x in (hidden_bNBd, labels_bNB, mask_bNB))
     anchors = final = None
     if teacher is not None:
-        anchors = _split(jax.reshard(teacher.anchors_bN, P(rows)), chunk_blocks)
+        # Afterwards: reshapes of a single row lose the batch axes from the type.
+        anchors = jax.reshard(_split(teacher.anchors_bN, chunk_blocks), P(None, rows))
         final = jax.reshard(teacher.hidden_btd, P(rows))
     loss_sum, sums = sum_over_chunks(chunk_loss, hidden, head_dv, (labels, mask, anchors), final)
     return replace(sums, loss_sum=loss_sum)
