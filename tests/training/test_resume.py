@@ -92,8 +92,9 @@ def test_a_run_survives_being_killed_and_then_terminated(raw: dict[str, Any]) ->
     assert_same_run(run, params)
 
 
-def test_mesh_and_logging_may_change(copied: Path, raw: dict[str, Any], finished_run: FinishedRun) -> None:
+def test_mesh_logging_and_chunks_may_change(copied: Path, raw: dict[str, Any], finished_run: FinishedRun) -> None:
     changes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "logging.every_steps": 2, "checkpoint.keep_last": 1}
+    changes |= {"loss.chunk_blocks": 1, "training.attention_chunk": 8}  # several chunks, where the run had one
     train(edited(raw, changes), "--resume")
     ours, expected = measured(copied), measured(finished_run.folder)
     assert list(ours["train/loss"]) == [STEPS]
