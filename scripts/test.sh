@@ -19,4 +19,4 @@ export JAX_PLATFORMS=cpu
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest -q "$@"
+exec "$python" -m pytest -q -n 2 --dist loadfile "$@"  # a file's tests share their fixtures
