@@ -59,7 +59,7 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: a value out of range.
     """
-    from specjax.decoding.generate import check_sampling
+    from specjax.decoding.inputs import check_sampling
 
     check_sampling(args.temperature, args.top_k, args.top_p)
     if not 0 <= args.seed < 2**32:

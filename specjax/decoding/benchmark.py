@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.blockdiff.metrics import repeated_ngrams
+from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import DFlashDrafter, Drafter
-from specjax.decoding.generate import Batch, Generation, generate
+from specjax.decoding.generate import Generation, generate
 from specjax.decoding.loop import DecodeState
+from specjax.decoding.verify import propose
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.precision import matmul_precision
@@ -226,7 +228,8 @@ def _draft_step(draft_tokens: int) -> Step:
     """A draft and the context's keys and values of a block's worth of taps."""
 
     def step(target: Decoder, drafter: Drafter, state: DecodeState) -> DecodeState:
-        drafts = drafter.draft(state.drafter, target, state.tokens[:, 0], state.length)
+        logits = drafter.draft(state.drafter, target, state.tokens[:, 0], state.length, draft_tokens)
+        drafts = propose(logits, state.length, None, rule="match", draft_choice="argmax")
         rows, width = state.tokens.shape[0], len(drafter.tap_ids) * target.config.hidden_size
         positions = state.length[:, None] + jnp.arange(draft_tokens + 1, dtype=jnp.int32)
         taps = jnp.zeros((rows, draft_tokens + 1, width), target.dtype, out_sharding=SPECS.act_btd)

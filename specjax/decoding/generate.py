@@ -1,46 +1,63 @@
-"""Generation from lists of token ids: validation, batching into static shapes, and the compiled decoder."""
+"""Generation from lists of token ids: a call's batch, decoded a few rounds of the compiled loop at a time."""
 
 from __future__ import annotations
 
-import reprlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from jax.sharding import PartitionSpec as P
 
+from specjax.decoding.auto_width import AutoWidth, Seconds, median_seconds
+from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import DFlashDrafter, Drafter
-from specjax.decoding.loop import DecodeState, Limits, decode, prefill
-from specjax.decoding.sampling import Sampling
+from specjax.decoding.inputs import (
+    Ids,
+    check_draft_tokens,
+    check_limits,
+    check_logit_mask,
+    check_models,
+    check_sampling,
+    check_seeds,
+    integers,
+    per_prompt,
+)
+from specjax.decoding.loop import TAPS_BUFFER, DecodeState, Limits, decode
+from specjax.decoding.stop_strings import StopStrings
 from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
-from specjax.models.dflash import DFlashDraft, target_mismatches
+from specjax.models.dflash import DFlashDraft
 from specjax.models.precision import matmul_precision
-from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
+from specjax.models.sharding import SPECS, mesh_scope, put
 
-PROMPT_BUCKET = 64  # prompts are padded to a power of two times this
-NEW_TOKENS_BUCKET = 64
-STOPS_BUCKET = 4
-LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-Ids = Sequence[int] | npt.NDArray[np.integer]
+STRING_ROUNDS = 16  # between two looks for stop strings
+NEVER = 2**30  # tokens, or rounds
 
 
 @dataclass(frozen=True)
 class Generation:
-    """tokens: new tokens per prompt, a stop token included as the last. rounds: per prompt, matched drafts + 1 of each
-    round before any cut (empty without a draft). prefill_seconds, decode_seconds: wall time of the two phases.
+    """What was generated; one entry a prompt, or with several samples of each one a sample, a prompt's together.
+
+    tokens: new tokens, a stop token included as the last. rounds: matched drafts + 1 of each round before any cut
+    (empty without a draft). draft_tokens: drafts verified in each of these rounds; those with 0 were decoded without.
+    prefill_seconds, decode_seconds: wall time of the two phases.
     """
 
     tokens: list[list[int]]
     rounds: list[list[int]]
     prefill_seconds: float
     decode_seconds: float
+    draft_tokens: list[list[int]] = field(default_factory=list)
 
 
 def generate(
@@ -49,217 +66,251 @@ def generate(
     draft: DFlashDraft | Drafter | None = None,
     max_new_tokens: int | np.integer | Ids = 128,
     stop_token_ids: Ids | Sequence[Ids] = (),
-    draft_tokens: int | None = None,
+    draft_tokens: int | AutoWidth | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Ids = 0,
+    *,
+    rule: str = "match",
+    draft_choice: str = "argmax",
+    samples: int = 1,
+    logit_mask: npt.ArrayLike | None = None,
+    stop_strings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Generation:
     """Continues `prompts` (lists of token ids), speculatively if a draft is given; the output is the same.
 
-    max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. draft_tokens: drafts verified a round, at
-    most block size - 1 (the default). temperature: 0 is greedy; above, tokens are drawn from the target's softmax
-    after temperature, top_k and top_p, in this order. seed: one entry a prompt, or that of the first, and the next
-    prompt has the next. What is drawn depends on a prompt, its seed and these settings alone: neither the draft nor the
-    rest of the batch changes it. Prompts of one call run as one batch.
+    max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. stop_strings: an answer ends with the token
+    that completes one of them in the text of `tokenizer`. draft_tokens: drafts verified a round, at most block size - 1
+    (the default), or an `AutoWidth`, which chooses. logit_mask: booleans [vocab_size] or [prompts, vocab_size], true
+    where a token may come.
+
+    temperature: 0 is greedy; above, tokens are drawn from the target's softmax after mask, temperature, top_k and
+    top_p, in this order. seed: one entry a prompt, or that of the first, and the next prompt has the next. What is
+    drawn depends on a prompt, its seed and these settings alone: neither the draft nor the rest of the batch changes
+    it. rule: `match`, or `rejection` or `block`, which draw from the same law but with a draft not the same tokens (see
+    `verify`). draft_choice: drafts are the draft's likeliest tokens (`argmax`) or drawn (`sample`). samples: answers a
+    prompt, which share its prefill. Prompts of one call run as one batch.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
-            target, a draft of another target, or limits, seeds or sampling settings out of range.
+            target, a draft of another target, or limits, seeds or sampling settings out of range; a target whose hidden
+            states are not finite.
     """
-    check_sampling(temperature, top_k, top_p)
-    drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
-    width = _check_models(target, drafter, draft_tokens)
-    rows = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
-    new_tokens, stops = _per_prompt(len(rows), max_new_tokens, stop_token_ids)
-    seeds = _seeds(len(rows), seed)
-    _check_limits(target, rows, new_tokens, stops)
-    if not rows:
-        return Generation([], [], 0.0, 0.0)
-    with mesh_scope(), matmul_precision(target.dtype):
-        batch = Batch.build(target, rows, new_tokens, stops, drafter.block_size if drafter else 1)
-        if temperature > 0:
-            batch = batch.sampled(temperature, top_k, top_p, seeds)
-        started = time.perf_counter()
-        state = jax.block_until_ready(batch.prefill(target, drafter))
-        prefilled = time.perf_counter()
-        state = jax.block_until_ready(decode(target, drafter, state, batch.limits, batch.sampling, draft_tokens=width))
-        finished = time.perf_counter()
-    tokens, rounds = batch.outputs(state)
-    return Generation(tokens, rounds if drafter else [[] for _ in rows], prefilled - started, finished - prefilled)
+    stream = Stream(
+        target,
+        prompts,
+        draft,
+        max_new_tokens,
+        stop_token_ids,
+        draft_tokens,
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        rule=rule,
+        draft_choice=draft_choice,
+        samples=samples,
+        logit_mask=logit_mask,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+    )
+    return stream.result()
+
+
+class Stream:
+    """A call of `generate` (same arguments and errors) whose tokens come as they are committed.
+
+    Iterating gives, after the prefill and after every `rounds_a_step` rounds of the compiled loop, the new tokens of
+    every row: lists that are empty for rows that are done. `result` decodes what is left, and returns everything.
+    """
+
+    def __init__(
+        self,
+        target: Decoder,
+        prompts: Sequence[Ids] | npt.NDArray[np.integer],
+        draft: DFlashDraft | Drafter | None = None,
+        max_new_tokens: int | np.integer | Ids = 128,
+        stop_token_ids: Ids | Sequence[Ids] = (),
+        draft_tokens: int | AutoWidth | None = None,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | Ids = 0,
+        *,
+        rule: str = "match",
+        draft_choice: str = "argmax",
+        samples: int = 1,
+        logit_mask: npt.ArrayLike | None = None,
+        stop_strings: Sequence[str] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        rounds_a_step: int = 1,
+    ) -> None:
+        check_sampling(temperature, top_k, top_p, rule, draft_choice, samples)
+        self._drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
+        check_models(target, self._drafter)
+        self._width = check_draft_tokens(self._drafter, draft_tokens)
+        rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
+        new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
+        seeds = check_seeds(len(rows), samples, seed)
+        check_limits(target, rows, new_tokens, stops)
+        mask = check_logit_mask(len(rows), target.config.vocab_size, logit_mask)
+        self._strings = StopStrings.build(stop_strings, tokenizer)
+        if rounds_a_step < 1:
+            raise InputError(f"rounds_a_step is {rounds_a_step}; give at least 1")
+        self._target = target
+        self._rounds_a_step = rounds_a_step
+        self._decode = partial(decode, rule=rule, draft_choice=draft_choice)
+        self._progress: _Progress | None = None
+        self._round = 0
+        self._widths: list[int] = []  # of every round of the loop
+        self._prefill_seconds = self._decode_seconds = 0.0
+        with mesh_scope(), matmul_precision(target.dtype):
+            self._mesh = jax.sharding.get_mesh()
+            if not rows:
+                self._progress = _Progress.nothing()
+                return
+            block_size = self._drafter.block_size if self._drafter else 1
+            batch = Batch.build(target, rows, new_tokens, stops, block_size, samples)
+            self._batch = batch.with_sampling(temperature, top_k, top_p, seeds, mask)
+            self._ends: list[int | None] = [None] * len(batch.lengths)  # by stop strings
+            self._searched = [0] * len(batch.lengths)  # tokens without one
+            self._choice = None
+            if isinstance(self._width, AutoWidth):
+                seconds = self._width.times(batch.rows, batch.capacity, block_size, self._measured)
+                self._choice = self._width.start(seconds)
+            started = time.perf_counter()
+            self._state = jax.block_until_ready(self._batch.prefill(target, self._drafter))
+            self._prefill_seconds = time.perf_counter() - started
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        if self._progress is None:
+            self._look()
+        shown = [0] * len(self._rows())
+        while True:
+            rows = self._rows()
+            yield [row[n:] for row, n in zip(rows, shown, strict=True)]
+            shown = [len(row) for row in rows]
+            if self._finished():
+                return
+            self._step(self._rounds_a_step)
+
+    def result(self) -> Generation:
+        """Decodes to the end."""
+        while not self._finished():
+            self._step(STRING_ROUNDS if self._strings else NEVER)
+        assert self._progress is not None
+        tokens, rounds, widths = self._rows(), [], []
+        for row, count in zip(self._progress.rounds, map(len, tokens), strict=True):
+            had = np.flatnonzero(row)
+            before = np.cumsum(row[had]) - row[had] + 1  # tokens before each round: a stop string may end it earlier
+            had = had[before < count]
+            rounds.append(row[had].tolist() if self._drafter else [])
+            widths.append([self._widths[i] for i in had] if self._drafter else [])
+        return Generation(tokens, rounds, self._prefill_seconds, self._decode_seconds, widths)
+
+    def _finished(self) -> bool:
+        if self._progress is None:
+            return False
+        return bool(self._progress.done.all())
+
+    def _rows(self) -> list[list[int]]:
+        """New tokens so far."""
+        assert self._progress is not None
+        if not len(self._progress.tokens):
+            return []
+        progress, lengths = self._progress, self._batch.lengths
+        rows = [progress.tokens[i, n : progress.length[i] + 1].tolist() for i, n in enumerate(lengths)]
+        return [row[:end] for row, end in zip(rows, self._ends, strict=True)]
+
+    def _step(self, rounds: int) -> None:
+        """At most so many rounds; fewer where the width is to be chosen again."""
+        width = self._width
+        with jax.set_mesh(self._mesh), matmul_precision(self._target.dtype):
+            if self._choice is not None:
+                width, most = self._choice.next()
+                rounds = min(rounds, most)
+            assert isinstance(width, int)
+            started = time.perf_counter()
+            self._state = self._run(self._state, self._batch, width, self._round + rounds)
+            self._decode_seconds += time.perf_counter() - started
+            first = self._round
+            self._look()
+        self._widths += [width] * (self._round - first)
+        if isinstance(self._width, AutoWidth) and self._progress is not None:
+            self._width.saw(width, self._progress.rounds[:, first : self._round])
+
+    def _run(self, state: DecodeState, batch: Batch, width: int, until: int) -> DecodeState:
+        limit = put(np.int32(min(until, NEVER)), P())
+        arguments = self._target, self._drafter, state, batch.limits, batch.sampling, limit
+        return jax.block_until_ready(self._decode(*arguments, draft_tokens=width))
+
+    def _look(self) -> None:
+        """Copies what there is to the host, and ends rows that have a stop string."""
+        state, count = self._state, len(self._batch.lengths)
+        found = _Progress(*fetch((state.tokens, state.length, state.done, state.rounds, state.finite, state.round)))
+        self._round = int(found.round)
+        self._progress = found.of(count)
+        if not self._progress.finite.all():
+            row = int(np.flatnonzero(~self._progress.finite)[0]) // self._batch.samples
+            raise InputError(
+                f"prompt {row}: the target's hidden states are not finite (NaN or infinity); check its weights, and "
+                f"whether {self._target.dtype} can hold its activations"
+            )
+        if self._strings is not None:
+            self._end_at_strings(self._strings)
+
+    def _end_at_strings(self, strings: StopStrings) -> None:
+        assert self._progress is not None
+        ended = np.zeros(self._batch.rows, bool)
+        for i, row in enumerate(self._rows()):
+            if self._ends[i] is None:
+                self._ends[i] = strings.end(row, self._searched[i])
+                self._searched[i] = len(row)
+                ended[i] = self._ends[i] is not None
+        if ended.any():
+            with jax.set_mesh(self._mesh):
+                self._state = replace(self._state, done=self._state.done | put(ended, SPECS.act_b))
+            self._progress = replace(self._progress, done=self._progress.done | ended[: len(self._progress.done)])
+
+    def _measured(self, widths: tuple[int, ...]) -> Seconds:
+        """Seconds of a round of each width, on rows that do not end."""
+        limits = self._batch.limits
+        endless = Limits(jnp.full_like(limits.total, NEVER), jnp.full_like(limits.stops, -1))
+        batch = replace(self._batch, limits=endless)
+        state, rounds = batch.prefill(self._target, self._drafter), 0
+        for width in widths:
+            state = self._run(state, batch, width, 0)  # compiles, runs nothing
+
+        def run(width: int) -> float:
+            nonlocal state, rounds
+            count = 4 if width else TAPS_BUFFER
+            started = time.perf_counter()
+            state = self._run(state, batch, width, rounds + count)
+            rounds += count
+            return (time.perf_counter() - started) / count
+
+        return median_seconds(widths, run)
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Prompts padded to static shapes and placed on the mesh.
+class _Progress:
+    """The part of a `DecodeState` that the host looks at."""
 
-    Rows are padded with empty prompts to a multiple of the batch axes. capacity holds the prompt bucket, the bucket of
-    new tokens and one block, because a round writes a whole block past the last committed token.
-    """
-
-    prompts: jax.Array
-    prompt_length: jax.Array
-    limits: Limits
-    capacity: int
-    max_rounds: int
-    lengths: tuple[int, ...]
-    sampling: Sampling | None = None
+    tokens: npt.NDArray[np.int32]
+    length: npt.NDArray[np.int32]
+    done: npt.NDArray[np.bool_]
+    rounds: npt.NDArray[np.int32]
+    finite: npt.NDArray[np.bool_]
+    round: npt.NDArray[np.int32]
 
     @classmethod
-    def build(
-        cls,
-        target: Decoder,
-        prompts: Sequence[Sequence[int]],
-        new_tokens: Sequence[int],
-        stops: Sequence[Sequence[int]],
-        block_size: int,
-    ) -> Batch:
-        rows = -(-len(prompts) // axis_size(*BATCH)) * axis_size(*BATCH)
-        bucket = _bucket(max(map(len, prompts)), PROMPT_BUCKET)
-        max_rounds = _bucket(max(new_tokens), NEW_TOKENS_BUCKET)
-        ids = np.zeros((rows, bucket), np.int32)
-        length, total = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        stop = np.full((rows, _bucket(max(1, *map(len, stops)), STOPS_BUCKET)), -1, np.int32)
-        for i, prompt in enumerate(prompts):
-            ids[i, : len(prompt)] = prompt
-            length[i], total[i] = len(prompt), len(prompt) + new_tokens[i]
-            stop[i, : len(stops[i])] = stops[i]
-        limits = Limits(put(total, SPECS.act_b), put(stop, SPECS.act_bt))
-        capacity = bucket + max_rounds + block_size
-        lengths = tuple(map(len, prompts))
-        return cls(put(ids, SPECS.act_bt), put(length, SPECS.act_b), limits, capacity, max_rounds, lengths)
+    def nothing(cls) -> _Progress:
+        none = np.zeros(0, np.int32)
+        return cls(none[:, None], none, none == 1, none[:, None], none == 0, np.int32(0))  # type: ignore[arg-type]
 
-    def sampled(self, temperature: float, top_k: int | None, top_p: float | None, seeds: Sequence[int]) -> Batch:
-        """The same prompts, drawn and not chosen greedily."""
-        padded = np.zeros(self.prompts.shape[0], np.uint32)
-        padded[: len(seeds)] = seeds
-        number = lambda value, dtype: None if value is None else put(np.asarray(value, dtype), P())  # noqa: E731
-        # All of the softmax is no limit; its sum, rounded, would be one.
-        settings = (number(top_k, np.int32), number(None if top_p == 1 else top_p, np.float32))
-        sampling = Sampling(put(np.float32(temperature), P()), put(padded, SPECS.act_b), *settings)
-        return replace(self, sampling=sampling)
-
-    def prefill(self, target: Decoder, drafter: Drafter | None) -> DecodeState:
-        return prefill(
-            target,
-            drafter,
-            self.prompts,
-            self.prompt_length,
-            self.limits,
-            self.sampling,
-            capacity=self.capacity,
-            max_rounds=self.max_rounds,
-        )
-
-    def outputs(self, state: DecodeState) -> tuple[list[list[int]], list[list[int]]]:
-        """New tokens and rounds of every prompt: the call's one copy to the host."""
-        tokens, length, rounds = fetch((state.tokens, state.length, state.rounds))
-        new = [tokens[i, n : length[i] + 1].tolist() for i, n in enumerate(self.lengths)]
-        return new, [row[row > 0].tolist() for row in rounds[: len(self.lengths)]]
-
-
-def _bucket(size: int, smallest: int) -> int:
-    """The least smallest * 2^k that holds `size`."""
-    bucket = smallest
-    while bucket < size:
-        bucket *= 2
-    return bucket
-
-
-def _integers(name: str, values: object) -> list[int]:
-    """A list, tuple or array of integers as Python's."""
-    try:
-        array = np.asarray(values)
-    except ValueError:  # lists of unequal lengths
-        array = np.empty((), object)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InputError(f"{name} is {reprlib.repr(values)}; give a list of integers")
-    ids: list[int] = array.tolist()
-    return ids
-
-
-def _per_prompt(
-    count: int, max_new_tokens: int | np.integer | Ids, stop_token_ids: Ids | Sequence[Ids]
-) -> tuple[list[int], list[list[int]]]:
-    shared = np.ndim(max_new_tokens) == 0
-    new_tokens = _integers("max_new_tokens", [max_new_tokens] * count if shared else max_new_tokens)
-    if isinstance(stop_token_ids, str) or not isinstance(stop_token_ids, Sequence | np.ndarray):
-        raise InputError(f"stop_token_ids is {stop_token_ids!r}; give a list of integers, or one such list a prompt")
-    nested = len(stop_token_ids) > 0 and np.ndim(stop_token_ids[0]) > 0
-    per_prompt = stop_token_ids if nested else [stop_token_ids] * count
-    stops = [_integers("stop_token_ids", ids) for ids in per_prompt]
-    for name, values in (("max_new_tokens", new_tokens), ("stop_token_ids", stops)):
-        if len(values) != count:
-            raise InputError(f"{name} has {len(values)} entries for {count} prompts; give one for all or one a prompt")
-    return new_tokens, stops
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises InputError for a setting of `generate` that is out of range or would be ignored."""
-    for name, value, kind in (("temperature", temperature, Real), ("top_k", top_k, Integral), ("top_p", top_p, Real)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
-            wanted = "an integer" if kind is Integral else "a number"
-            raise InputError(f"{name} is {value!r}; give {wanted}")
-    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < float("inf"):
-        raise InputError(f"temperature is {temperature}; give 0 (greedy) or at least {LEAST_TEMPERATURE}")
-    for name, value in (("top_k", top_k), ("top_p", top_p)):
-        if value is not None and temperature == 0:
-            raise InputError(f"{name} is {value}, but temperature 0 is greedy; give a temperature, or leave {name} out")
-    if top_k is not None and not 1 <= top_k < 2**31:
-        raise InputError(f"top_k is {top_k}; give at least 1")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top_p is {top_p}; give a number above 0 and at most 1")
-
-
-def _seeds(count: int, seed: int | Ids) -> list[int]:
-    """One a prompt: prompt i of a call with one seed has that seed + i."""
-    (first,) = _integers("seed", [seed]) if np.ndim(seed) == 0 else (None,)
-    seeds = _integers("seed", seed) if first is None else [first + i for i in range(count)]
-    if len(seeds) != count:
-        raise InputError(f"seed has {len(seeds)} entries for {count} prompts; give one for all or one a prompt")
-    for value in seeds:
-        if not 0 <= value < 2**32:
-            raise InputError(f"seed is {value}; give an integer from 0 to 2**32 - 1")
-    return seeds
-
-
-def _check_limits(
-    target: Decoder, prompts: Sequence[Sequence[int]], new_tokens: Sequence[int], stops: Sequence[Sequence[int]]
-) -> None:
-    vocab_size, limit = target.config.vocab_size, target.config.max_position_embeddings
-    for i, (prompt, new, stop) in enumerate(zip(prompts, new_tokens, stops, strict=True)):
-        if not prompt:
-            raise InputError(f"prompt {i} is empty; give at least one token")
-        if new < 1:
-            raise InputError(f"prompt {i}: max_new_tokens is {new}; give at least 1")
-        for name, ids in (("token", prompt), ("stop token", stop)):
-            bad = [t for t in ids if not 0 <= t < vocab_size]
-            if bad:
-                raise InputError(f"prompt {i}: {name} id {bad[0]} is outside the target's vocabulary of {vocab_size}")
-        if len(prompt) + new > limit:
-            raise InputError(
-                f"prompt {i}: {len(prompt)} tokens and {new} new ones exceed the target's context of {limit}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
-
-
-def _check_models(target: Decoder, drafter: Drafter | None, draft_tokens: int | None) -> int:
-    """Drafts to verify a round."""
-    if not target.config.causal:
-        raise InputError(
-            "the target is bidirectional (causal=False) and cannot verify tokens; give an autoregressive one"
-        )
-    if drafter is None:
-        if draft_tokens is not None:
-            raise InputError(f"draft_tokens is {draft_tokens}, but there is no draft; give one or leave it out")
-        return 0
-    if isinstance(drafter, DFlashDrafter):
-        problems = target_mismatches(drafter.model.config, target.config)
-        if problems:
-            wrong = "; ".join(problems)
-            raise InputError(f"the draft does not fit the target: {wrong}; use the target it was trained for")
-    most = drafter.block_size - 1
-    width = most if draft_tokens is None else draft_tokens
-    if not 1 <= width <= most:
-        raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {most}")
-    return width
+    def of(self, count: int) -> _Progress:
+        """Of the first rows: the others are padding."""
+        rows = {name: getattr(self, name)[:count] for name in ("tokens", "length", "done", "rounds", "finite")}
+        return replace(self, **rows)

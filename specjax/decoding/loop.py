@@ -6,25 +6,29 @@ A row's tokens are committed up to its `length`; the token at `length` (the bonu
     token      in the cache   | bonus  | drafts
                                 target runs these n + 1 tokens in one pass and yields, after each, its own choice
 
-The drafts that equal the target's choices are kept, and the choice after the last kept one is the next bonus token.
-Autoregressive decoding is the same loop with no drafts (n = 0), so baseline and speculation share every line. Caches
-are never rolled back: entries of rejected tokens are overwritten by the next round before any query can see them.
+The drafts that equal the target's choices are kept, and the choice after the last kept one is the next bonus token
+(other rules: `verify`). Autoregressive decoding is the same loop with no drafts (n = 0), so baseline and speculation
+share every line. Caches are never rolled back: entries of rejected tokens are overwritten by the next round before any
+query can see them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from specjax.decoding.drafter import Drafter
 from specjax.decoding.sampling import Sampling, choose
+from specjax.decoding.verify import propose, verify
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS
+
+TAPS_BUFFER = 16  # rounds without drafts whose taps a drafter takes in together
 
 
 @jax.tree_util.register_dataclass
@@ -48,7 +52,7 @@ class DecodeState:
     length: [b] int32, tokens whose K/V are in the cache; the bonus token stands at this position.
     done: [b] bool. cache: the target's K/V. drafter: the drafter's state (None without one).
     rounds: [b, max_rounds] int32, matched drafts + 1 of each of the row's rounds, before any cut; 0 where it had none.
-    round: int32 scalar, rounds run.
+    round: int32 scalar, rounds run. finite: [b] bool, whether all of the target's hidden states were.
     """
 
     tokens: jax.Array
@@ -58,9 +62,10 @@ class DecodeState:
     drafter: Any
     rounds: jax.Array
     round: jax.Array
+    finite: jax.Array
 
 
-@partial(jax.jit, static_argnames=("capacity", "max_rounds"))
+@partial(jax.jit, static_argnames=("capacity", "max_rounds", "chunk", "samples"))
 def prefill(
     target: Decoder,
     drafter: Drafter | None,
@@ -71,35 +76,64 @@ def prefill(
     *,
     capacity: int,
     max_rounds: int,
+    chunk: int,
+    samples: int = 1,
 ) -> DecodeState:
     """Runs right-padded prompts [b, bucket] and commits each row's first token, the target's choice (see `choose`).
 
-    Rows with `prompt_length_b` 0 are padding and done from the start. The padding's K/V are overwritten before a
-    query can see them.
+    A bucket beyond `chunk` tokens, which divides it, runs in chunks, up to the end of the longest prompt. With
+    `samples`, every prompt is run once and becomes that many neighbouring rows; limits and sampling are those of the
+    b * samples rows. Rows with `prompt_length_b` 0 are padding and done from the start. The padding's K/V are
+    overwritten before a query can see them.
     """
     b, bucket = prompts_bt.shape
     config = target.config
     shape = config.num_hidden_layers, b, config.num_key_value_heads, capacity, config.head_dim
-    cache = KVCache.create(*shape, target.dtype)
-    positions = _positions(jnp.zeros_like(prompt_length_b), bucket)
-    output = target(prompts_bt, positions, cache=cache, tap_ids=drafter.tap_ids if drafter else ())
-    assert output.cache is not None
     last = jnp.maximum(prompt_length_b - 1, 0)
-    hidden = jax.vmap(lambda rows, i: rows[i])(output.hidden, last)[:, None]
-    first = choose(target.logits(hidden), last[:, None] + 1, sampling)
-    drafter_state = None
-    if drafter is not None:
-        drafter_state = drafter.observe(drafter.init(b, capacity), output.taps, positions, positions)
+    carry = (
+        KVCache.create(*shape, target.dtype),
+        None if drafter is None else drafter.init(b, capacity),
+        jnp.zeros((b, 1, config.hidden_size), target.dtype, out_sharding=SPECS.act_btd),
+    )
+    size = min(bucket, chunk)
+
+    def run(index: jax.Array | int, carry: tuple[KVCache, Any, jax.Array]) -> tuple[KVCache, Any, jax.Array]:
+        cache, drafter_state, hidden = carry
+        first = jnp.asarray(index * size, jnp.int32)
+        tokens = jax.lax.dynamic_slice_in_dim(prompts_bt, first, size, axis=1)
+        positions = _positions(jnp.zeros_like(last) + first, size)
+        output = target(tokens, positions, cache=cache, tap_ids=drafter.tap_ids if drafter else ())
+        if drafter is not None:
+            drafter_state = drafter.observe(drafter_state, output.taps, positions, positions)
+        assert output.cache is not None
+        at = last - first
+        picked = jax.vmap(lambda rows, i: rows[i])(output.hidden, jnp.clip(at, 0, size - 1))
+        here = (at >= 0) & (at < size)
+        return output.cache, drafter_state, jnp.where(here[:, None, None], picked[:, None], hidden)
+
+    chunks = -(-jnp.max(prompt_length_b) // size)
+    cache, drafter_state, hidden = run(0, carry) if size == bucket else jax.lax.fori_loop(0, chunks, run, carry)
     state = DecodeState(
         tokens=jnp.pad(prompts_bt, ((0, 0), (0, capacity - bucket))),
         length=last,
         done=prompt_length_b == 0,
-        cache=output.cache,
+        cache=cache,
         drafter=drafter_state,
         rounds=jnp.zeros((b, max_rounds), jnp.int32, out_sharding=SPECS.act_bt),
         round=jnp.zeros((), jnp.int32),
+        finite=jnp.isfinite(hidden).all(axis=(1, 2)),
     )
-    return _commit(state, limits, first, jnp.zeros_like(last))
+    state, logits = jax.tree.map(partial(_each_again, samples), (state, target.logits(hidden)))
+    first = choose(logits, state.length[:, None] + 1, sampling)
+    return _commit(state, limits, first, jnp.zeros_like(state.length))
+
+
+class _Pass(NamedTuple):
+    """What the target's pass over a block of t tokens gives the drafter."""
+
+    taps_btm: jax.Array | None
+    positions_bt: jax.Array
+    slots_bt: jax.Array
 
 
 def decode_round(
@@ -110,66 +144,112 @@ def decode_round(
     sampling: Sampling | None = None,
     *,
     draft_tokens: int,
+    rule: str = "match",
+    draft_choice: str = "argmax",
 ) -> DecodeState:
-    """One round: draft, verify `draft_tokens` of the proposals in one target pass, commit what matched plus one.
+    """One round: draft, verify the `draft_tokens` proposals in one target pass, commit what was kept plus one.
 
-    draft_tokens 0 (or no drafter) decodes one token autoregressively.
+    draft_tokens 0 (or no drafter) decodes one token autoregressively. rule, draft_choice: see `verify`.
     """
-    block = _token_at(state.tokens, state.length)[:, None]
-    if drafter is not None and draft_tokens:
-        drafts = drafter.draft(state.drafter, target, block[:, 0], state.length)[:, :draft_tokens]
-        block = jnp.concatenate([block, drafts], axis=1)
-    positions = _positions(state.length, block.shape[1])
-    slots = jnp.where(state.done[:, None], state.tokens.shape[1], positions)
-    tap_ids = drafter.tap_ids if drafter is not None else ()
-    output = target(block, positions, cache=state.cache, slots_bt=slots, tap_ids=tap_ids)
-    assert output.cache is not None
-    choices = choose(target.logits(output.hidden), positions + 1, sampling)
-    matches = jnp.cumprod((block[:, 1:] == choices[:, :-1]).astype(jnp.int32), axis=1)
-    matched = matches.sum(axis=1).astype(jnp.int32)
-    drafter_state = state.drafter
-    if drafter is not None:
-        drafter_state = drafter.observe(state.drafter, output.taps, positions, slots)
-    advanced = jnp.where(state.done, 0, matched + 1)
-    rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
-    state = DecodeState(state.tokens, state.length, state.done, output.cache, drafter_state, rounds, state.round + 1)
-    return _commit(state, limits, choices, matched)
+    state, block = _round(target, drafter, state, limits, sampling, draft_tokens, rule, draft_choice)
+    return state if drafter is None else replace(state, drafter=drafter.observe(state.drafter, *block))
 
 
-@partial(jax.jit, static_argnames=("draft_tokens",), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("draft_tokens", "rule", "draft_choice"), donate_argnames=("state",))
 def decode(
     target: Decoder,
     drafter: Drafter | None,
     state: DecodeState,
     limits: Limits,
     sampling: Sampling | None = None,
+    until: jax.Array | None = None,
     *,
     draft_tokens: int,
+    rule: str = "match",
+    draft_choice: str = "argmax",
 ) -> DecodeState:
-    """Rounds until every row is done. `state` is donated."""
+    """Rounds until every row is done or `until` (int32 scalar) rounds were run since the prefill. `state` is donated.
 
-    def unfinished(state: DecodeState) -> jax.Array:
-        return ~state.done.all()
+    With a drafter and no `draft_tokens` the drafter still takes in every token, many at a time.
+    """
 
-    def body(state: DecodeState) -> DecodeState:
-        return decode_round(target, drafter, state, limits, sampling, draft_tokens=draft_tokens)
+    def unfinished(state: DecodeState, until: jax.Array | None = until) -> jax.Array:
+        going = ~state.done.all()
+        return going if until is None else going & (state.round < until)
 
-    return jax.lax.while_loop(unfinished, body, state)
+    def round_of_drafts(state: DecodeState) -> DecodeState:
+        return decode_round(
+            target, drafter, state, limits, sampling, draft_tokens=draft_tokens, rule=rule, draft_choice=draft_choice
+        )
+
+    def plain_rounds(state: DecodeState) -> DecodeState:
+        assert drafter is not None
+        first, start = state.round, state.length
+        end = first + TAPS_BUFFER if until is None else jnp.minimum(first + TAPS_BUFFER, until)
+
+        def plain_round(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+            state, taps = carry
+            index = state.round - first
+            state, block = _round(target, drafter, state, limits, sampling, 0, rule, draft_choice)
+            assert block.taps_btm is not None
+            return state, jax.lax.dynamic_update_slice_in_dim(taps, block.taps_btm, index, axis=1)
+
+        width = len(drafter.tap_ids) * target.config.hidden_size
+        taps = jnp.zeros((len(start), TAPS_BUFFER, width), target.dtype, out_sharding=SPECS.act_btd)
+        state, taps = jax.lax.while_loop(lambda carry: unfinished(carry[0], end), plain_round, (state, taps))
+        positions = _positions(start, TAPS_BUFFER)
+        slots = jnp.where(positions < state.length[:, None], positions, state.tokens.shape[1])
+        return replace(state, drafter=drafter.observe(state.drafter, taps, positions, slots))
+
+    deferred = drafter is not None and not draft_tokens and bool(drafter.tap_ids)
+    return jax.lax.while_loop(unfinished, plain_rounds if deferred else round_of_drafts, state)
 
 
-def _commit(state: DecodeState, limits: Limits, choices: jax.Array, matched: jax.Array) -> DecodeState:
-    """Appends choices[:, : matched + 1] [b, n + 1] after position `length`, cut at a stop token or the row's limit."""
-    index = jnp.arange(choices.shape[1], dtype=jnp.int32)
-    stopping = (choices[:, :, None] == limits.stops[:, None, :]).any(-1)
+def _round(
+    target: Decoder,
+    drafter: Drafter | None,
+    state: DecodeState,
+    limits: Limits,
+    sampling: Sampling | None,
+    draft_tokens: int,
+    rule: str,
+    draft_choice: str,
+) -> tuple[DecodeState, _Pass]:
+    """A round that the drafter has not taken in yet."""
+    block, draft_logits = _token_at(state.tokens, state.length)[:, None], None
+    if drafter is not None and draft_tokens:
+        logits = drafter.draft(state.drafter, target, block[:, 0], state.length, draft_tokens)
+        drafts = propose(logits, state.length, sampling, rule=rule, draft_choice=draft_choice)
+        draft_logits = logits if draft_choice == "sample" else None
+        block = jnp.concatenate([block, drafts], axis=1)
+    positions = _positions(state.length, block.shape[1])
+    slots = jnp.where(state.done[:, None], state.tokens.shape[1], positions)
+    tap_ids = drafter.tap_ids if drafter is not None else ()
+    output = target(block, positions, cache=state.cache, slots_bt=slots, tap_ids=tap_ids)
+    assert output.cache is not None
+    tokens, matched = verify(
+        target.logits(output.hidden), block[:, 1:], draft_logits, state.length, sampling, rule=rule
+    )
+    advanced = jnp.where(state.done, 0, matched + 1)
+    rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
+    finite = state.finite & (state.done | jnp.isfinite(output.hidden).all(axis=(1, 2)))
+    state = replace(state, cache=output.cache, rounds=rounds, round=state.round + 1, finite=finite)
+    return _commit(state, limits, tokens, matched), _Pass(output.taps, positions, slots)
+
+
+def _commit(state: DecodeState, limits: Limits, new_bt: jax.Array, matched: jax.Array) -> DecodeState:
+    """Appends new[:, : matched + 1] after position `length`, cut at a stop token or the row's limit."""
+    index = jnp.arange(new_bt.shape[1], dtype=jnp.int32)
+    stopping = (new_bt[:, :, None] == limits.stops[:, None, :]).any(-1)
     room = limits.total - (state.length + 1)
-    stop = jnp.where(stopping, index, choices.shape[1]).min(axis=1)
+    stop = jnp.where(stopping, index, new_bt.shape[1]).min(axis=1)
     count = jnp.minimum(jnp.minimum(matched + 1, stop + 1), room)
     count = jnp.where(state.done, 0, count)
     positions = state.length[:, None] + 1 + index
     kept = jnp.where(index < count[:, None], positions, state.tokens.shape[1])
-    tokens = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(state.tokens, kept, choices)
+    tokens = jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(state.tokens, kept, new_bt)
     done = state.done | (stop < count) | (count >= room)
-    return DecodeState(tokens, state.length + count, done, state.cache, state.drafter, state.rounds, state.round)
+    return replace(state, tokens=tokens, length=state.length + count, done=done)
 
 
 def _positions(first_b: jax.Array, count: int) -> jax.Array:
@@ -178,3 +258,12 @@ def _positions(first_b: jax.Array, count: int) -> jax.Array:
 
 def _token_at(tokens_bt: jax.Array, index_b: jax.Array) -> jax.Array:
     return jax.vmap(lambda row, i: row[i])(tokens_bt, index_b)
+
+
+def _each_again(times: int, x: jax.Array) -> jax.Array:
+    """Every row of x [b, ...] `times` times, as neighbours; a scalar stays."""
+    if times == 1 or not x.ndim:
+        return x
+    sharding = jax.typeof(x).sharding.spec
+    copies = jnp.broadcast_to(x[:, None], (x.shape[0], times, *x.shape[1:]))
+    return jnp.reshape(copies, (x.shape[0] * times, *x.shape[1:]), out_sharding=sharding)

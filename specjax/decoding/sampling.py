@@ -1,21 +1,23 @@
 """The target's choice of a token: greedy, or drawn by a randomness that belongs to the prompt and the position alone.
 
-A draw is keyed by (the prompt's seed, the token's absolute position), never by the batch, the round or the way there.
-So a draft's token is right if it equals the token that the target draws itself (the rule `match`), and speculative
-decoding gives at any temperature the very tokens that autoregressive decoding gives.
+A draw is keyed by (the prompt's seed, the token's absolute position, the draw's purpose), never by the batch or the way
+there. So a draft's token is right if it equals the token that the target draws itself (the rule `match`), and
+speculative decoding gives at any temperature the very tokens that autoregressive decoding gives.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from specjax.models.sharding import SPECS
+from specjax.models.sharding import BATCH
 
-TARGET_DRAWS = 0  # draws of another purpose must have another number
+TARGET_DRAWS, DRAFT_DRAWS, ACCEPTANCE_DRAWS = range(3)  # purposes
 
 
 @jax.tree_util.register_dataclass
@@ -23,41 +25,70 @@ TARGET_DRAWS = 0  # draws of another purpose must have another number
 class Sampling:
     """How a batch of b rows draws; all traced, so other values do not recompile.
 
-    temperature: float32 scalar above 0. seeds: [b] uint32. top_k: int32 scalar. top_p: float32 scalar. None: no limit.
+    temperature: float32 scalar above 0; None: the likeliest token, ties to the lowest id. seeds: [b] uint32. top_k:
+    int32 scalar. top_p: float32 scalar. None: no limit. allowed: [b, v] bool, tokens that may come; None: all may.
     """
 
-    temperature: jax.Array
+    temperature: jax.Array | None
     seeds: jax.Array
     top_k: jax.Array | None = None
     top_p: jax.Array | None = None
+    allowed: jax.Array | None = None
 
 
 def choose(logits_btv: jax.Array, positions_bt: jax.Array, sampling: Sampling | None) -> jax.Array:
     """The tokens [b, t] int32 for `positions_bt` from their logits, whose vocabulary may be sharded.
 
-    Without sampling the greatest logit, ties to the lowest id.
+    Without sampling the greatest logit, ties to the lowest id. Given a draft's logits of the same positions it draws
+    by the same randomness, and so the likelier the same token the closer the two laws are.
     """
-    if sampling is None:
+    if sampling is None or sampling.temperature is None:
+        return greedy(logits_btv, sampling)
+    return by_row(_choose, sampling, logits_btv, positions_bt, out_ndim=2)
+
+
+def greedy(logits_btv: jax.Array, sampling: Sampling | None) -> jax.Array:
+    """The likeliest of the allowed tokens, [b, t] int32."""
+    if sampling is None or sampling.allowed is None:
         return jnp.argmax(logits_btv, axis=-1).astype(jnp.int32)
-    whole = P(SPECS.act_bt[0], None, None)
-    specs = Sampling(P(), SPECS.act_b, *(None if x is None else P() for x in (sampling.top_k, sampling.top_p)))  # type: ignore[arg-type]
 
-    def local(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-        noise = jax.vmap(jax.vmap(_gumbel, (None, 0, None)), (0, 0, None))(sampling.seeds, positions, logits.shape[-1])
-        return jnp.argmax(processed(logits, sampling) + noise, axis=-1).astype(jnp.int32)
+    def row(sampling: Sampling, logits_tv: jax.Array) -> jax.Array:
+        return jnp.argmax(processed(logits_tv, sampling), axis=-1).astype(jnp.int32)
 
-    # The vocabulary is whole on every device: all of `tensor` draw the same tokens.
-    logits, positions = jax.reshard((logits_btv, positions_bt), (whole, SPECS.act_bt))
-    in_specs = (whole, SPECS.act_bt, specs)
-    return jax.shard_map(local, in_specs=in_specs, out_specs=SPECS.act_bt)(logits, positions, sampling)
+    return by_row(row, replace(sampling, temperature=None), logits_btv, out_ndim=2)
+
+
+def by_row(
+    function: Callable[..., Any], sampling: Sampling, *arrays: jax.Array, out_ndim: int | tuple[int, ...]
+) -> Any:
+    """`function` of the row's sampling and its part of `arrays` [b, ...], for every row.
+
+    The vocabulary is whole on every device then: all of `tensor` draw the same tokens. out_ndim: of the results.
+    """
+
+    def spec(ndim: int) -> P:
+        return P(BATCH, *[None] * (ndim - 1))
+
+    rows, shared = (sampling.seeds, sampling.allowed), replace(sampling, seeds=None, allowed=None)  # type: ignore[arg-type]
+
+    def local(shared: Sampling, rows: Any, arrays: tuple[jax.Array, ...]) -> Any:
+        return jax.vmap(lambda row, xs: function(replace(shared, seeds=row[0], allowed=row[1]), *xs))(rows, arrays)
+
+    in_specs = (jax.tree.map(lambda _: P(), shared), *jax.tree.map(lambda x: spec(x.ndim), (rows, arrays)))
+    rows, arrays = jax.reshard((rows, arrays), in_specs[1:])
+    return jax.shard_map(local, in_specs=in_specs, out_specs=jax.tree.map(spec, out_ndim))(shared, rows, arrays)
 
 
 def processed(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits [..., v] as transformers' warpers leave them: temperature, then top-k, then top-p; excluded ones are -inf.
+    """Logits [..., v] as transformers' processors leave them: masks, temperature, top-k, then top-p; excluded ones are
+    -inf.
 
-    Logits that are equal at the edge of top-k or top-p stay or go together.
+    `sampling` is one row's. Logits that are equal at the edge of top-k or top-p stay or go together.
     """
-    scores = logits / sampling.temperature
+    scores = logits if sampling.allowed is None else jnp.where(sampling.allowed, logits, -jnp.inf)
+    if sampling.temperature is None:
+        return scores
+    scores = scores / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return scores
     falling = -jnp.sort(-scores, axis=-1)
@@ -72,6 +103,24 @@ def processed(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(scores >= least, scores, -jnp.inf)
 
 
-def _gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(TARGET_DRAWS), seed), position)
-    return jax.random.gumbel(key, (vocab_size,), jnp.float32, mode="high")  # the default is too coarse for rare tokens
+def gumbel(vocab_size: int, purpose: int, *of: jax.Array) -> jax.Array:
+    """[v]: what makes the greatest of scores + noise a draw from their softmax."""
+    return jax.random.gumbel(_key(purpose, of), (vocab_size,), jnp.float32, mode="high")  # default: coarse rare tokens
+
+
+def uniform(purpose: int, *of: jax.Array) -> jax.Array:
+    """A float32 scalar in [0, 1)."""
+    return jax.random.uniform(_key(purpose, of))
+
+
+def _key(purpose: int, of: tuple[jax.Array, ...]) -> jax.Array:
+    key = jax.random.key(purpose)
+    for value in of:
+        key = jax.random.fold_in(key, value)
+    return key
+
+
+def _choose(sampling: Sampling, logits_tv: jax.Array, positions_t: jax.Array) -> jax.Array:
+    scores = processed(logits_tv, sampling)
+    noise = jax.vmap(lambda position: gumbel(scores.shape[-1], TARGET_DRAWS, sampling.seeds, position))
+    return jnp.argmax(scores + noise(positions_t), axis=-1).astype(jnp.int32)

@@ -33,8 +33,13 @@ class Oracle:
     def observe(self, state: None, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array) -> None:
         return None
 
-    def draft(self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
-        positions = length_b[:, None] + 1 + jnp.arange(self.block_size - 1)
+    def draft(
+        self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
+    ) -> jax.Array:
+        return jax.nn.one_hot(self.at(length_b, draft_tokens), target.config.vocab_size)
+
+    def at(self, length_b: jax.Array, draft_tokens: int) -> jax.Array:
+        positions = length_b[:, None] + 1 + jnp.arange(draft_tokens)
         return jax.vmap(lambda row, at: row[at])(self.table, positions)
 
 
@@ -63,10 +68,12 @@ class Mixture:
     ) -> KVCache:
         return self.inner.observe(state, taps_btm, positions_bt, slots_bt)
 
-    def draft(self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
-        own = self.inner.draft(state, target, last_token_b, length_b)
-        known = Oracle(self.known, self.block_size).draft(None, target, last_token_b, length_b)
-        return jnp.where(known, self.oracle.draft(None, target, last_token_b, length_b), own)
+    def draft(
+        self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
+    ) -> jax.Array:
+        own = self.inner.draft(state, target, last_token_b, length_b, draft_tokens)
+        known = Oracle(self.known, self.block_size).at(length_b, draft_tokens)
+        return jnp.where(known[..., None], self.oracle.draft(None, target, last_token_b, length_b, draft_tokens), own)
 
 
 def proposals(

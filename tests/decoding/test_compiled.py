@@ -11,7 +11,7 @@ import pytest
 
 from specjax import fetch
 from specjax.decoding import DFlashDrafter, generate
-from specjax.decoding.generate import Batch
+from specjax.decoding.batch import Batch
 from specjax.decoding.loop import decode, prefill
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import mesh_scope
@@ -94,7 +94,7 @@ def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: Draft
         caches = jax.tree.leaves((state.cache, state.drafter))
         prefill_arguments = target, drafter, batch.prompts, batch.prompt_length, batch.limits
         lowered = (
-            prefill.lower(*prefill_arguments, capacity=batch.capacity, max_rounds=batch.max_rounds),
+            prefill.lower(*prefill_arguments, capacity=batch.capacity, max_rounds=batch.max_rounds, chunk=64),
             decode.lower(target, drafter, state, batch.limits, draft_tokens=7),
         )
         programs = [program.compile() for program in lowered]

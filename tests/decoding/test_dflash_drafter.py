@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from specjax.decoding import DFlashDrafter
-from specjax.decoding.generate import Batch
+from specjax.decoding.batch import Batch
 from specjax.decoding.loop import DecodeState, decode_round
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
@@ -33,7 +33,7 @@ class Rounds(NamedTuple):
 @jax.jit
 def propose(target: Decoder, drafter: DFlashDrafter, state: DecodeState) -> jax.Array:
     last = jax.vmap(lambda row, i: row[i])(state.tokens, state.length)
-    return drafter.draft(state.drafter, target, last, state.length)
+    return drafter.draft(state.drafter, target, last, state.length, drafter.block_size - 1).argmax(-1)
 
 
 def row_buffers(state: DecodeState, row: int) -> list[np.ndarray]:

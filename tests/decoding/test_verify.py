@@ -1,0 +1,205 @@
+"""The rules `rejection` and `block`: the target's law exactly, by enumeration, and through the decoder, by counting."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from specjax.decoding import generate
+from specjax.decoding.verify import acceptance
+from specjax.models.decoder import Decoder
+from specjax.models.sharding import SPECS, make_mesh, mesh_scope
+from tests.decoding.tiny import FULL, TARGET, next_logits, random_draft, random_prompts, random_target
+
+Law = dict[tuple[int, ...], float]
+V, N = 3, 3  # of the enumeration
+
+
+def random_laws(seed: int, sampled: bool, zeros: bool) -> tuple[dict[tuple[int, ...], np.ndarray], np.ndarray]:
+    """The target's law after every prefix, and the independent ones of the N drafts."""
+    rng = np.random.default_rng(seed)
+
+    def law() -> np.ndarray:
+        weights = rng.exponential(size=V) ** 2
+        weights[rng.permutation(V)[: int(zeros)]] = 0  # as top-k leaves them
+        return weights / weights.sum()
+
+    p = {prefix: law() for n in range(N + 1) for prefix in itertools.product(range(V), repeat=n)}
+    q = np.stack([law() for _ in range(N)])
+    return p, q if sampled else np.eye(V)[q.argmax(-1)]
+
+
+def joint(p: dict[tuple[int, ...], np.ndarray]) -> Law:
+    """The target's law of N + 1 tokens."""
+    return {
+        x: float(np.prod([p[x[:i]][x[i]] for i in range(N + 1)])) for x in itertools.product(range(V), repeat=N + 1)
+    }
+
+
+def emitted(rule: str, p: dict[tuple[int, ...], np.ndarray], q: np.ndarray) -> Law:
+    """The law of N + 1 tokens: a round's, and then the target's own to fill up."""
+    found: Law = dict.fromkeys(joint(p), 0.0)
+    for drafts in itertools.product(range(V), repeat=N):
+        probability = np.prod([q[i][d] for i, d in enumerate(drafts)])
+        if not probability:
+            continue
+        rows = np.stack([p[drafts[:i]] for i in range(N + 1)]).astype(np.float32)
+        passes, laws = (
+            np.asarray(x, np.float64) for x in acceptance(rule, jnp.asarray(rows), jnp.float32(q), jnp.asarray(drafts))
+        )
+        for m in range(N + 1):
+            if rule == "rejection":  # the first m pass, the next does not
+                kept = np.prod(passes[:m]) * (1 - passes[m] if m < N else 1)
+            else:  # draft m passes, none after it does
+                kept = (passes[m - 1] if m else 1) * np.prod(1 - passes[m:])
+            for token, share in enumerate(laws[m] / laws[m].sum()):
+                known = (*drafts[:m], token)
+                for rest in itertools.product(range(V), repeat=N - m):
+                    x = known + rest
+                    tail = np.prod([p[x[:i]][x[i]] for i in range(m + 1, N + 1)])
+                    found[x] += probability * kept * share * tail
+    return found
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_what_is_emitted_has_the_targets_law(rule: str, sampled: bool, zeros: bool) -> None:
+    for seed in range(4):
+        p, q = random_laws(seed, sampled, zeros)
+        expected, found = joint(p), emitted(rule, p, q)
+        assert sum(abs(found[x] - expected[x]) for x in expected) / 2 < 1e-6
+
+
+def test_equal_laws_keep_every_draft() -> None:
+    law = jnp.asarray([0.5, 0.25, 0.25])
+    for rule in ("rejection", "block"):
+        passes, _ = acceptance(rule, jnp.stack([law] * 4), jnp.stack([law] * 3), jnp.asarray([0, 1, 2]))
+        np.testing.assert_array_equal(passes, 1)
+
+
+def test_block_keeps_more_than_rejection() -> None:
+    """The example of arXiv 2403.10444: p = (1/3, 2/3), q = (2/3, 1/3), two drafts: 11/9 tokens against 10/9."""
+    p, q = jnp.asarray([[1 / 3, 2 / 3]] * 3), jnp.asarray([[2 / 3, 1 / 3]] * 2)
+    expected = {"rejection": 10 / 9, "block": 11 / 9}
+    for rule, kept in expected.items():
+        mean = 0.0
+        for drafts in itertools.product(range(2), repeat=2):
+            a, b = np.asarray(acceptance(rule, p, q, jnp.asarray(drafts))[0], np.float64)
+            mean += float(q[0][drafts[0]] * q[1][drafts[1]]) * (
+                a + a * b if rule == "rejection" else 2 * b + (1 - b) * a
+            )
+        assert mean == pytest.approx(kept, abs=1e-6)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fixed:
+    """Drafts of the same laws in every row: logits [positions, v]."""
+
+    logits: jax.Array
+    block_size: int = field(metadata={"static": True})
+
+    @property
+    def tap_ids(self) -> tuple[int, ...]:
+        return ()
+
+    def init(self, rows: int, capacity: int) -> None:
+        return None
+
+    def observe(self, state: None, *_: object) -> None:
+        return None
+
+    def draft(
+        self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
+    ) -> jax.Array:
+        at = length_b[:, None] + 1 + jnp.arange(draft_tokens)
+        return jax.reshard(self.logits.at[at].get(out_sharding=SPECS.act_btd), SPECS.act_btv)
+
+
+PROMPT = [5, 17, 3]
+HOT = {"temperature": 1.3, "top_k": 3}
+NEW = 5
+
+
+def target_law(target: Decoder) -> tuple[Law, np.ndarray]:
+    """The law of `NEW` tokens after PROMPT, and that of each of them, [positions, v]."""
+    law: Law = {(): 1.0}
+    marginals = np.zeros((32, TARGET.vocab_size))
+    for n in range(NEW):
+        longer: Law = {}
+        for tokens, probability in law.items():
+            logits = np.asarray(next_logits(target, [*PROMPT, *tokens]), np.float64)
+            best = np.argsort(-logits)[: HOT["top_k"]]
+            weights = np.exp((logits[best] - logits.max()) / HOT["temperature"])
+            for token, share in zip(best.tolist(), weights / weights.sum(), strict=True):
+                longer[(*tokens, token)] = probability * share
+                marginals[len(PROMPT) + n, token] += probability * share
+        law = longer
+    return law, marginals
+
+
+def cells(law: Law, found: list[tuple[int, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and their expectation; what is expected fewer than five times is one cell."""
+    assert set(found) <= set(law)
+    index = {x: i for i, x in enumerate(law)}
+    counts = np.bincount([index[x] for x in found], minlength=len(law)).astype(float)
+    expected = len(found) * np.array(list(law.values()))
+    rare = expected < 5
+    return np.append(counts[~rare], counts[rare].sum()), np.append(expected[~rare], expected[rare].sum())
+
+
+@pytest.fixture(scope="module")
+def small() -> tuple[Decoder, Law, Fixed]:
+    """A target, the law of its next tokens, and drafts near that law."""
+    target = random_target(3)
+    law, marginals = target_law(target)
+    logits = np.log(marginals + 1e-3 * np.random.default_rng(0).random(marginals.shape)).astype(np.float32)
+    with mesh_scope():
+        return target, law, Fixed(jnp.asarray(logits), 4)
+
+
+@pytest.mark.parametrize("draft_choice", ["argmax", "sample"])
+@pytest.mark.parametrize("rule", ["match", "rejection", "block"])
+def test_the_decoder_draws_by_the_targets_law(small: tuple[Decoder, Law, Fixed], rule: str, draft_choice: str) -> None:
+    """Chi-square over the five tokens of 6,000 samples of one prompt, in two rounds or more."""
+    target, law, drafter = small
+    with mesh_scope():
+        result = generate(
+            target, [PROMPT], drafter, NEW, samples=6000, rule=rule, draft_choice=draft_choice, seed=1, **HOT
+        )
+    counts, expected = cells(law, [tuple(tokens) for tokens in result.tokens])
+    assert chisquare(counts, expected).pvalue > 0.01
+    kept = np.concatenate(result.rounds) - 1
+    assert kept.mean() > 0.15
+    assert kept.max() == 3
+
+
+def test_sampled_drafts_are_kept_as_the_rules_promise(small: tuple[Decoder, Law, Fixed]) -> None:
+    """First rounds: `block` keeps the most; sharing the target's randomness, `match` comes to `rejection`."""
+    target, _, drafter = small
+    kept = {}
+    options = {"samples": 2000, "seed": 1, "temperature": 4.0}
+    with mesh_scope():
+        for rule, choice in (("match", "argmax"), ("match", "sample"), ("rejection", "sample"), ("block", "sample")):
+            result = generate(target, [PROMPT], drafter, NEW, rule=rule, draft_choice=choice, **options)
+            kept[rule, choice] = np.mean([rounds[0] for rounds in result.rounds])
+    assert kept["block", "sample"] > kept["rejection", "sample"] + 0.02
+    assert kept["rejection", "sample"] > kept["match", "sample"] > kept["match", "argmax"] + 0.2
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4)])
+def test_a_mesh_keeps_the_same(shape: tuple[int, int, int]) -> None:
+    prompts = random_prompts(3, 3)
+    options = {"rule": "block", "draft_choice": "sample", "seed": 5, "temperature": 1.5}
+    expected = generate(random_target(3), prompts, random_draft(0, FULL), 12, **options)
+    with jax.set_mesh(make_mesh(*shape)):
+        found = generate(random_target(3), prompts, random_draft(0, FULL), 12, **options)
+    assert (found.tokens, found.rounds) == (expected.tokens, expected.rounds)
+    assert max(map(max, expected.rounds)) > 1
