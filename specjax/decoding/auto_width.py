@@ -14,6 +14,7 @@ PLAIN_ROUNDS = 16
 PROBE_ROUNDS = 2
 BUDGET = 0.015  # share of the time without drafts that looking for better times may cost
 MEMORY = 0.93  # weight of a round's acceptance against the next one's
+STALE = 0.995  # the same at positions past a round's drafts: so wider blocks are tried again, but seldom
 PRIOR = 2.0  # rows and rounds that a position's own acceptance counts against all positions' together
 
 Seconds = dict[int, float]  # of a round by its drafts; 0: without drafts
@@ -70,8 +71,8 @@ class AutoWidth:
             if draft_tokens and matched.size:
                 position = np.arange(draft_tokens)
                 for mean, hits in ((self._tried, matched >= position), (self._kept, matched > position)):
-                    mean *= MEMORY
-                    mean[:draft_tokens] += hits.sum(0) * (1 - MEMORY)
+                    mean[:draft_tokens] = MEMORY * mean[:draft_tokens] + (1 - MEMORY) * hits.sum(0)
+                    mean[draft_tokens:] *= STALE
 
     def expected_tokens(self, draft_tokens: int) -> float | None:
         """Tokens of a round of so many drafts; None before any was seen."""

@@ -182,7 +182,7 @@ def test_the_decoder_draws_by_the_targets_law(small: tuple[Decoder, Law, Fixed],
 
 
 def test_sampled_drafts_are_kept_as_the_rules_promise(small: tuple[Decoder, Law, Fixed]) -> None:
-    """First rounds: `block` keeps the most; sharing the target's randomness, `match` comes to `rejection`."""
+    """First rounds: `block` keeps the most; sharing the target's randomness, `match` comes close to `rejection`."""
     target, _, drafter = small
     kept = {}
     options = {"samples": 2000, "seed": 1, "temperature": 4.0}

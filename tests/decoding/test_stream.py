@@ -1,0 +1,276 @@
+"""Tokens as they come, and what the host decides between slices of the loop: stop strings and widths."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specjax.decoding import AutoWidth, DFlashDrafter, Stream, generate
+from specjax.decoding import auto_width as auto
+from specjax.decoding import batch as batches
+from specjax.decoding.auto_width import Choice, Step
+from specjax.decoding.batch import Batch
+from specjax.decoding.loop import TAPS_BUFFER, decode, decode_round
+from specjax.errors import InputError
+from specjax.models.sharding import SPECS, make_mesh, mesh_scope, put
+from specjax.weights.module_params import flat_params
+from tests.decoding.oracle import Mixture, oracle, proposals
+from tests.decoding.tiny import FULL, SLIDING, TARGET, Cases, random_draft, random_prompts, random_target
+
+HOT = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
+
+
+class Letters:
+    """A tokenizer: every token is one to three letters, token 0 is special and has none."""
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "".join("" if t == 0 else chr(97 + t % 26) * (1 + t % 3) for t in tokens)
+
+
+def drafter_for(case: Cases, batch: int, rate: float = 0.2) -> Mixture:
+    """A real draft whose proposals are often replaced by right ones, for the target and prompts of case(0, batch)."""
+    _, prompts, answers = case(0, batch)
+    table = proposals(prompts, answers, rate, 0, TARGET.vocab_size)
+    known = np.random.default_rng(0).random(table.shape) < 0.7
+    return Mixture(DFlashDrafter(random_draft(0, SLIDING)), oracle(table, 8), put(known, SPECS.act_bt))
+
+
+def test_a_stream_gives_the_rounds_of_a_call(case: Cases) -> None:
+    target, prompts, _ = case(0, 3)
+    limits = [56, 9, 1]
+    with mesh_scope():
+        drafter = drafter_for(case, 3)
+        expected = generate(target, prompts, drafter, limits)
+        pieces = list(Stream(target, prompts, drafter, limits))
+    assert [list(itertools.chain(*rows)) for rows in zip(*pieces, strict=True)] == expected.tokens
+    assert [len(row) for row in pieces[0]] == [1, 1, 1]  # the prefill's
+    uncut = [[len(piece[0]) for piece in pieces[1:]], expected.rounds[0]]
+    assert uncut[0][:-1] == uncut[1][:-1]
+    assert not any(piece[2] for piece in pieces[1:])
+
+
+def test_a_stream_leaves_the_mesh_alone_and_can_be_finished(case: Cases) -> None:
+    target, prompts, answers = case(0, 3)
+    stream = Stream(target, prompts, None, 20, rounds_a_step=4)
+    seen = []
+    for pieces in stream:
+        assert jax.sharding.get_abstract_mesh().empty
+        seen.append(pieces)
+        if len(seen) == 3:
+            break
+    assert [len(piece[0]) for piece in seen] == [1, 4, 4]
+    assert stream.result().tokens == [answer[:20] for answer in answers]
+    assert list(Stream(target, [], None)) == [[]]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_stop_strings_end_answers_at_the_token_that_completes_them(
+    case: Cases, drafted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strings inside a token, across two, none, and in the first token; the reference searches prefix by prefix."""
+    target, prompts, answers = case(0, 3)
+    tokenizer = Letters()
+    text = tokenizer.decode(answers[0][:56], True)
+    strings = [text[20:24], tokenizer.decode(answers[1][:1], True), "?"]
+
+    def end(answer: list[int]) -> int:
+        found = (n for n in range(57) if any(s in tokenizer.decode(answer[:n], True) for s in strings))
+        return next(found, 56)
+
+    ends = [end(answer) for answer in answers]
+    assert len(set(ends)) == 3
+    assert min(ends) == 1
+    with mesh_scope():
+        drafter = drafter_for(case, 3) if drafted else None
+        whole = generate(target, prompts, drafter, 56)
+        found = generate(target, prompts, drafter, 56, stop_strings=strings, tokenizer=tokenizer)
+        pieces = list(Stream(target, prompts, drafter, 56, stop_strings=strings, tokenizer=tokenizer))
+    assert found.tokens == [answer[:n] for answer, n in zip(answers, ends, strict=True)]
+    assert [list(itertools.chain(*rows)) for rows in zip(*pieces, strict=True)] == found.tokens
+    for rounds, all_rounds, tokens in zip(found.rounds, whole.rounds, found.tokens, strict=True):
+        assert rounds == all_rounds[: len(rounds)]
+        if drafted:
+            assert 1 + sum(rounds[:-1]) < len(tokens) <= 1 + sum(rounds) or not rounds
+
+
+def test_several_samples_share_a_prefill_and_are_those_of_single_calls() -> None:
+    target, prompts = random_target(3), random_prompts(3, 2)
+    seeds = [3, 5, 8, 13, 21, 34]
+    twice = [prompt for prompt in prompts for _ in range(3)]
+    expected = generate(target, twice, random_draft(0, FULL), 20, seed=seeds, **HOT)
+    found = generate(target, prompts, random_draft(0, FULL), [20, 20], seed=seeds, samples=3, **HOT)
+    assert (found.tokens, found.rounds) == (expected.tokens, expected.rounds)
+    assert len({tuple(tokens) for tokens in found.tokens}) == 6
+    with jax.set_mesh(make_mesh(2, 1, 2)):
+        sharded = generate(random_target(3), prompts, random_draft(0, FULL), 20, seed=seeds, samples=3, **HOT)
+    assert sharded.tokens == expected.tokens
+
+
+@pytest.mark.parametrize("kind", [FULL, SLIDING], ids=["full", "sliding"])
+def test_a_prefill_in_chunks_is_the_prefill(kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that end inside, at and after a chunk's edge; drafts, too, see the whole prompt."""
+    target, rng = random_target(1), np.random.default_rng(1)
+    prompts = [rng.integers(0, TARGET.vocab_size, n).tolist() for n in (1, 16, 17, 32, 61)]
+    draft = random_draft(1, kind)
+    expected = generate(target, prompts, draft, 12)
+    states = []
+    for chunk in (64, 16):
+        monkeypatch.setattr(batches, "PREFILL_CHUNK", chunk)
+        with mesh_scope():
+            batch = Batch.build(target, prompts, [12] * 5, [[]] * 5, 4)
+            states.append(batch.prefill(target, DFlashDrafter(draft)))
+    for whole, chunked in zip(*(jax.tree.leaves((s.cache, s.drafter)) for s in states), strict=True):
+        for row, prompt in enumerate(prompts):
+            got, wanted = (np.asarray(x)[row, :, : len(prompt)] for x in (chunked, whole))
+            np.testing.assert_allclose(got, wanted, atol=2e-5)
+    found = generate(target, prompts, draft, 12)
+    assert (found.tokens, found.rounds) == (expected.tokens, expected.rounds)
+
+
+def test_plain_rounds_keep_the_drafts_context(case: Cases) -> None:
+    """Taken in many at a time, and one by one: the same keys and values, of committed tokens only."""
+    target, prompts, _ = case(0, 3)
+    drafter = DFlashDrafter(random_draft(0, FULL))
+    count = TAPS_BUFFER + 5
+    with mesh_scope():
+        batch = Batch.build(target, prompts, [56, 9, 1], [[]] * 3, 4)
+        state = batch.prefill(target, drafter)
+        step = jax.jit(lambda state: decode_round(target, drafter, state, batch.limits, draft_tokens=0))
+        for _ in range(count):
+            state = step(state)
+        together = batch.prefill(target, drafter)
+        together = decode(target, drafter, together, batch.limits, until=put(np.int32(count), jax.P()), draft_tokens=0)
+    np.testing.assert_array_equal(together.tokens, state.tokens)
+    np.testing.assert_array_equal(together.rounds, state.rounds)
+    for left, right in zip(jax.tree.leaves(together.drafter), jax.tree.leaves(state.drafter), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_a_width_may_change_and_drafts_recover_after_plain_rounds(case: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of every width in turn: the tokens are the same, and drafts after plain rounds are as good as any."""
+    target, prompts, answers = case(0, 3)
+    forced = [Step(0, 16), Step(7, 2), Step(0, 3), Step(3, 2), Step(1, 4)]
+    steps = itertools.chain(forced, itertools.repeat(Step(7, 8)))
+    monkeypatch.setattr(Stream, "_measured", lambda self, widths: dict.fromkeys(widths, 1.0))
+    monkeypatch.setattr(Choice, "next", lambda self: next(steps))
+    with mesh_scope():
+        drafter = drafter_for(case, 3, rate=0.0)
+        found = generate(target, prompts, drafter, 56, draft_tokens=AutoWidth())
+    assert found.tokens == [answer[:56] for answer in answers]
+    widths = [step.draft_tokens for step in forced for _ in range(step.rounds)] + [7] * 56
+    for row, rounds in zip(found.draft_tokens, found.rounds, strict=True):
+        assert row == widths[: len(row)]
+        assert all(1 <= advance <= width + 1 for advance, width in zip(rounds, row, strict=True))
+        assert sum(rounds[:-1]) < 55 <= sum(rounds)
+    assert max(found.rounds[0][16:18]) > 1
+
+
+class Clock:
+    """A machine and prompts of known costs and acceptance, to decode `tokens` tokens with what `Choice` says."""
+
+    def __init__(self, seconds: dict[int, float], acceptance: list[float], seed: int = 0):
+        self.seconds, self.acceptance, self.rng = seconds, acceptance, np.random.default_rng(seed)
+        self.auto = AutoWidth()
+        self.used: list[int] = []
+
+    def decode(self, tokens: int) -> float:
+        """Seconds of a call."""
+        choice, spent, made = self.auto.start(self.seconds), 0.0, 0
+        while made < tokens:
+            width, rounds = choice.next()
+            advanced = []
+            for _ in range(rounds):
+                if made >= tokens:
+                    break
+                passed = self.rng.random(width) < self.acceptance[:width]
+                advanced.append(1 + int(np.cumprod(passed).sum()))
+                made += advanced[-1]
+                spent += self.seconds[width]
+                self.used.append(width)
+            self.auto.saw(width, np.array([advanced]))
+        return spent
+
+
+COSTS = {0: 1.0, 1: 1.35, 3: 1.5, 7: 1.75}
+
+
+def test_hopeless_drafts_cost_little() -> None:
+    clock = Clock(COSTS, [0.02] * 7)
+    assert clock.decode(200) < 1.05 * 200
+    assert sum(clock.decode(200) for _ in range(20)) < 1.05 * 200 * 20
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "best"), [([0.95] * 7, 7), ([0.9, 0.8, 0.7, 0, 0, 0, 0], 3), ([0.8, *[0] * 6], 1)]
+)
+def test_the_best_width_is_found(acceptance: list[float], best: int) -> None:
+    clock = Clock(COSTS, acceptance)
+    spent = sum(clock.decode(200) for _ in range(10))
+    tokens = 1 + np.cumprod(acceptance)[:best].sum()
+    assert spent < 1.1 * 2000 * COSTS[best] / tokens
+    assert np.mean(np.array(clock.used[200:]) == best) > 0.7
+
+
+def test_drafting_comes_back_when_it_pays_again() -> None:
+    clock = Clock(COSTS, [0.0] * 7)
+    clock.decode(400)
+    assert np.mean(np.array(clock.used[-200:]) == 0) > 0.9
+    clock.acceptance = [0.95] * 7
+    clock.decode(1500)
+    assert np.mean(np.array(clock.used[-50:]) == 7) > 0.9
+
+
+def test_widths_of_a_block() -> None:
+    assert AutoWidth.widths(16) == (0, 1, 3, 7, 15)
+    assert AutoWidth.widths(10) == (0, 1, 3, 7, 9)
+    assert AutoWidth.widths(2) == (0, 1)
+
+
+def test_times_are_measured_once_a_shape(case: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, prompts, answers = case(0, 3)
+    width = AutoWidth()
+    for _ in range(2):
+        found = generate(target, prompts, random_draft(0, FULL), 40, draft_tokens=width)
+        assert found.tokens == [answer[:40] for answer in answers]
+    (seconds,) = width.seconds.values()
+    assert list(seconds) == [0, 1, 3]
+    assert min(seconds.values()) > 0
+    monkeypatch.setattr(auto, "median_seconds", None)  # would raise
+    generate(target, prompts, random_draft(0, FULL), 30, draft_tokens=width)
+
+
+def test_masked_tokens_never_come() -> None:
+    """Greedy and drawn, one mask for all and one a prompt, with and without a draft."""
+    target, prompts = random_target(3), random_prompts(3, 3)
+    free = generate(target, prompts, max_new_tokens=20)
+    mask = np.ones((3, TARGET.vocab_size), bool)
+    for row, tokens in zip(mask, free.tokens, strict=True):
+        row[tokens[:10]] = False
+    for options in ({}, HOT):
+        plain = generate(target, prompts, max_new_tokens=20, logit_mask=mask, **options)
+        for row, tokens in zip(mask, plain.tokens, strict=True):
+            assert row[tokens].all()
+        for choice in ("argmax", "sample") if options else ("argmax",):
+            drafted = generate(
+                target, prompts, random_draft(0, FULL), 20, logit_mask=mask, draft_choice=choice, **options
+            )
+            assert drafted.tokens == plain.tokens
+    one = generate(target, prompts[:1], max_new_tokens=20, logit_mask=mask[0])
+    assert one.tokens == generate(target, prompts, max_new_tokens=20, logit_mask=mask).tokens[:1]
+    everything = np.ones(TARGET.vocab_size, bool)
+    assert generate(target, prompts, max_new_tokens=20, logit_mask=everything).tokens == free.tokens
+
+
+def test_weights_that_are_not_finite_are_named_by_their_prompt() -> None:
+    target = random_target(0)
+    weight = flat_params(target)["embed_tokens.weight"]
+    values = np.array(weight[...])
+    values[7] = np.nan
+    weight[...] = jnp.asarray(values)
+    with pytest.raises(InputError, match="prompt 1: the target's hidden states are not finite"):
+        generate(target, [[1, 2], [1, 7]], max_new_tokens=3)
