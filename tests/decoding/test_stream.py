@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -271,6 +270,7 @@ def test_weights_that_are_not_finite_are_named_by_their_prompt() -> None:
     weight = flat_params(target)["embed_tokens.weight"]
     values = np.array(weight[...])
     values[7] = np.nan
-    weight[...] = jnp.asarray(values)
+    with mesh_scope():
+        weight[...] = put(values, weight[...].sharding.spec)
     with pytest.raises(InputError, match="prompt 1: the target's hidden states are not finite"):
         generate(target, [[1, 2], [1, 7]], max_new_tokens=3)
