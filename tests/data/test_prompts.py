@@ -71,7 +71,7 @@ def test_files_come_in_order_and_the_limit_stops_reading(tmp_path: Path) -> None
     second = written(tmp_path / "a.jsonl", rows[2], "{not read", rows[3])
     assert read_prompts([first, second], None, limit=3) == [[0], [1], [2]]
     assert read_prompts([first, second], None, limit=1) == [[0]]
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: is not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: not JSON"):
         read_prompts([first, second], None, limit=4)
 
 
@@ -95,10 +95,11 @@ FOREIGN = {"input_ids": [1, 64, 2], "loss_mask": [0, 0, 1]}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{oops", "is not JSON"),
+        ("{oops", "not JSON"),
         ("[1]", "a record is a JSON object, this is a list"),
         ({"text": "hi"}, "exactly one of messages, conversations, input_ids"),
         ({"prompt": 5}, "field prompt is 5; give a string"),
+        ({"prompt": " "}, "the user's message is empty; give its text"),
         ({"prompt": ["hi"]}, r"field prompt is \['hi'\]; give a string"),
         ({"messages": []}, "field messages is an empty list"),
         ({"messages": [ASSISTANT]}, "nothing precedes the assistant's turn"),
@@ -119,12 +120,12 @@ def test_a_bad_record_is_named_by_file_and_line(
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(InputError, match=r"p\.jsonl, line 1: is not JSON"):
+    with pytest.raises(InputError, match=r"p\.jsonl, line 1: not JSON"):
         read_prompts([path], None)
 
 
 def test_files_without_a_record_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"p\.jsonl: no prompts; give at least one record"):
+    with pytest.raises(InputError, match=r"p\.jsonl: no records; give at least one"):
         read_prompts([written(tmp_path / "p.jsonl", "", "")], None)
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         read_prompts([tmp_path / "nowhere.jsonl"], None)
