@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from specjax.data.conversations import Conversation, Record, check_token_ids
-from specjax.data.prompts import Turns, answer_text, chat_prompt, prompt_of_tokens
+from specjax.data.prompts import Turns, answer_text, chat_prompt, check_context, prompt_of_tokens
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,11 +123,7 @@ class Dialogue:
         if not prompt:
             raise InputError(f"{place}: the chat template renders nothing")
         check_token_ids(np.asarray(prompt), rules.vocab_size, place)
-        if len(prompt) + rules.max_new_tokens > rules.context:
-            raise InputError(
-                f"{place}: {len(prompt)} tokens and {rules.max_new_tokens} new ones exceed the target's context of "
-                f"{rules.context}"
-            )
+        check_context(prompt, rules.max_new_tokens, rules.context, place)
         return prompt
 
     def _supervise(self, answer: Sequence[int]) -> None:

@@ -144,6 +144,14 @@ def check_chat(
     return tokenizer
 
 
+def check_context(prompt: Sequence[int], max_new_tokens: int, context: int, place: str) -> None:
+    """Raises InputError, opened by `place`, unless prompt and new tokens fit into the target's context."""
+    if len(prompt) + max_new_tokens > context:
+        raise InputError(
+            f"{place}: {len(prompt)} tokens and {max_new_tokens} new ones exceed the target's context of {context}"
+        )
+
+
 def prompt_record(fields: object, origin: str, vocab_size: int | None = None) -> Record:
     """As `parse_record`, and `{"prompt": text}` as a conversation of one user turn.
 

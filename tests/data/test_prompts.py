@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from specjax.data.prompts import chat_prompt, read_prompts
@@ -73,6 +74,15 @@ def test_files_come_in_order_and_the_limit_stops_reading(tmp_path: Path) -> None
     assert read_prompts([first, second], None, limit=1) == [[0]]
     with pytest.raises(InputError, match=r"a\.jsonl, line 2: not JSON"):
         read_prompts([first, second], None, limit=4)
+
+
+def test_a_table_is_read_as_lines_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    records = [{"prompt": "hi", "messages": None}, {"prompt": "left alone", "messages": [USER, ASSISTANT, MORE]}]
+    lines = [{key: value for key, value in record.items() if value is not None} for record in records]
+    Dataset.from_list(records).to_parquet(tmp_path / "p.parquet")
+    prompts = read_prompts([tmp_path / "p.parquet"], tokenizer)
+    assert [tokenizer.decode(prompt) for prompt in prompts] == [FIRST + OPENING, WHOLE + OPENING]
+    assert prompts == read_prompts([written(tmp_path / "p.jsonl", *lines)], tokenizer)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
