@@ -45,9 +45,8 @@ def read_data_sets(
 
     def render(question: Question, answers: Sequence[str]) -> list[int]:
         prompt = question_prompt(question, answers, models.tokenizer, chat_template_kwargs)
-        check_context(
-            prompt, max_new_tokens, target.max_position_embeddings, f"{question.origin}, turn {len(answers) + 1}"
-        )
+        place = f"{question.origin}, turn {len(answers) + 1}"
+        check_context(prompt, max_new_tokens, target.max_position_embeddings, place)
         return prompt
 
     def answer(prompts: Sequence[list[int]]) -> Iterator[tuple[int, str]]:

@@ -58,9 +58,8 @@ class PromptSet:
             wanted = " or ".join(self.questions)
             raise InputError(f"{origin}: has no field {wanted}, only {sorted(fields)}; give a copy of the set")
         asked = fields[name] if isinstance(fields[name], list) and fields[name] else [fields[name]]
-        rest = "".join(
-            before + _text(fields[key], key, origin) for key, before in self.appended.items() if fields.get(key)
-        )
+        given = {key: before for key, before in self.appended.items() if str(fields.get(key) or "").strip()}
+        rest = "".join(before + _text(fields[key], key, origin) for key, before in given.items())
         texts = [self.wording.replace("{}", _text(text, name, origin), 1) + rest for text in asked]
         return Turns(tuple(({"role": "user", "content": text},) for text in texts), origin=origin)
 

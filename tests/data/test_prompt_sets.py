@@ -17,6 +17,7 @@ from specjax.data.prompt_sets import PROMPT_SETS, Entry, prompts_of_turns
 from specjax.data.prompts import Question, Turns
 from specjax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("cache_of_its_own")
 BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 TWO_TURNS = {"question_id": 81, "category": "writing", "turns": ["Write {a} poem.", "Rewrite it."]}
 ONE_TURN = {"question_id": 401, "category": "qa", "turns": ["Who wrote it?"]}
@@ -37,15 +38,12 @@ RECORDS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("mt-bench", {"category": "writing", "prompt": ["One.", "Two."], "prompt_id": 8}, ["One.", "Two."]),
     ("mt-bench", TWO_TURNS, ["Write {a} poem.", "Rewrite it."]),
     ("alpaca", {"instruction": "Name a tree.", "input": "", "output": "Oak."}, ["Name a tree."]),
+    ("alpaca", {"instruction": "Name a tree.", "input": " \n"}, ["Name a tree."]),
+    ("alpaca", {"instruction": "Name a tree."}, ["Name a tree."]),
     ("alpaca", {"instruction": "Add.", "input": "2 and 3", "output": "5"}, ["Add.\n\nInput:\n2 and 3"]),
     ("spec-bench", TWO_TURNS, ["Write {a} poem.", "Rewrite it."]),
     ("spec-bench", ONE_TURN, ["Who wrote it?"]),
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def written(path: Path, *records: Any) -> str:
@@ -87,6 +85,7 @@ def test_a_copy_may_be_packed_a_table_or_a_hub_set(tmp_path: Path, monkeypatch: 
         entry = Entry.parse(f"spec-bench={source}")
         assert entry.column == "spec-bench"
         assert texts(entry.read()) == [TWO_TURNS["turns"], ONE_TURN["turns"]], source
+        assert texts(Entry.parse(f"spec-bench:qa={source}").read()) == [ONE_TURN["turns"]], source
 
 
 @pytest.mark.parametrize(

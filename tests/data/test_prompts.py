@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from specjax.data.prompts import chat_prompt, read_prompts
+from specjax.data.prompts import answer_text, chat_prompt, read_prompts
 from specjax.errors import InputError
 
 USER, ASSISTANT, MORE = (
@@ -76,6 +76,7 @@ def test_files_come_in_order_and_the_limit_stops_reading(tmp_path: Path) -> None
         read_prompts([first, second], None, limit=4)
 
 
+@pytest.mark.usefixtures("cache_of_its_own")
 def test_a_table_is_read_as_lines_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     records = [{"prompt": "hi", "messages": None}, {"prompt": "left alone", "messages": [USER, ASSISTANT, MORE]}]
     lines = [{key: value for key, value in record.items() if value is not None} for record in records]
@@ -97,6 +98,12 @@ def test_tools_and_template_settings_reach_the_template(make_tokenizer: Make, tm
     path = written(tmp_path / "p.jsonl", {"messages": [USER, ASSISTANT], "tools": tools}, {"prompt": "x"})
     prompts = read_prompts([path], tokenizer, chat_template_kwargs={"thinking": "off"})
     assert [tokenizer.decode(prompt) for prompt in prompts] == ["search,add|off|hi", "|off|x"]
+
+
+def test_an_answer_is_text_without_its_stop_token_and_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    a, b, special = tokenizer("ab<|stop|>", add_special_tokens=False)["input_ids"]
+    for answer, text in (([a, b], "a"), ([a, b, a], "aba"), ([b, a, special, b], "ba"), ([b], ""), ([special], "")):
+        assert answer_text(answer, [b], tokenizer) == text
 
 
 FOREIGN = {"input_ids": [1, 64, 2], "loss_mask": [0, 0, 1]}

@@ -14,6 +14,7 @@ from specjax.data.pipeline import TrainingData, tokenized
 from specjax.data.sources import content_hash, open_source, read_sources
 from specjax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("cache_of_its_own")
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"x": {"type": "number"}}}}
 CALL = {"function": {"name": "add", "arguments": {"x": 1}}}
 OTHER_CALL = {"function": {"name": "say", "arguments": {"text": "hé"}}}
@@ -25,11 +26,6 @@ RECORDS = [
     {"input_ids": [5, 0, 6], "loss_mask": [False, True, True]},
     {"input_ids": [], "loss_mask": []},
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def table(records):
