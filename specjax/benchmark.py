@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     decode = commands.add_parser("decode", help="acceptance and speed of a draft against autoregressive decoding")
     add_model_arguments(decode, draft_required=True)
-    decode.add_argument("--data", required=True, nargs="+", help="JSONL prompts: prompt, messages or input_ids")
-    decode.add_argument("--limit", type=int, help="use the first N prompts only")
+    decode.add_argument("--data", required=True, nargs="+", help="prompt sets (gsm8k, gsm8k=FILE), files, hf://...")
+    decode.add_argument("--limit", type=int, help="use the first N examples of each set only")
     decode.add_argument("--max-new-tokens", type=int, default=128)
     decode.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
     decode.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
@@ -140,23 +140,22 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _decode(args: argparse.Namespace) -> dict[str, Any]:
-    from specjax.data.prompts import read_prompts
+    from specjax.benchmark_prompts import named_entries, read_data_sets
     from specjax.decoding.benchmark import Settings, benchmark_decoding, table
 
     console = Console(stderr=True)
+    entries = named_entries(args.data)
     with decoding_mesh(args):
         models = load_models(args)
         assert models.draft is not None
-        data_sets = {
-            name: read_prompts(
-                [pattern],
-                models.tokenizer,
+        with console.status("reading prompts"):
+            data_sets = read_data_sets(
+                entries,
+                models,
                 chat_template_kwargs=args.chat_template_kwargs,
+                max_new_tokens=args.max_new_tokens,
                 limit=args.limit,
-                vocab_size=models.target.config.vocab_size,
             )
-            for name, pattern in _names(args.data).items()
-        }
         settings = Settings(args.max_new_tokens, models.stop_token_ids, args.batch_size, args.draft_tokens, args.runs)
         with console.status("decoding") as status:
             report: dict[str, Any] = benchmark_decoding(models.target, models.draft, data_sets, settings, status.update)
@@ -165,16 +164,6 @@ def _decode(args: argparse.Namespace) -> dict[str, Any]:
         for name, prompts in data_sets.items():
             report[name]["transformers"] = _compare_hf(args, models, name, prompts, report[name])
     return report
-
-
-def _names(patterns: Sequence[str]) -> dict[str, str]:
-    """Short names of data files: their stems, or whole paths where stems are not unique or taken by the total."""
-    stems = [Path(pattern).stem for pattern in patterns]
-    names = [
-        pattern if stems.count(stem) > 1 or stem == "all" else stem
-        for pattern, stem in zip(patterns, stems, strict=True)
-    ]
-    return dict(zip(names, patterns, strict=True))
 
 
 def _compare_hf(

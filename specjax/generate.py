@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_model_arguments(parser, draft_required=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="a user message; may be given several times; - reads stdin")
-    source.add_argument("--data", nargs="+", help="JSONL prompts: prompt, messages or input_ids")
+    source.add_argument("--data", nargs="+", help="files or hub sets of prompts: prompt, messages or input_ids")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")

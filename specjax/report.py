@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--samples", type=int, metavar="N", help="decode N prompts, and show which drafts were accepted"
     )
     parser.add_argument(
-        "--data", nargs="+", help="JSONL prompts of the samples (target 'embedded': held-out ones of the quickstart)"
+        "--data", nargs="+", help="files of the samples' prompts (target 'embedded': held-out ones of the quickstart)"
     )
     parser.add_argument("--max-new-tokens", type=int, default=128, help="of a sample")
     add_device_arguments(parser)

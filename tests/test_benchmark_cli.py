@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specjax.benchmark import _names, main
+from specjax.benchmark import main
 from specjax.weights.load_benchmark import write_random_model
 from tests.model_folders import LAYERS, save_draft_for, write_jsonl
 from tests.weights.test_load_benchmark import SMALL
@@ -75,11 +75,6 @@ def test_transformers_gives_the_same_greedy_answers(measured: dict[str, Any]) ->
         assert "outputs" not in theirs
     assert "transformers" not in measured["decode"]["all"]
     assert len({tuple(answer) for answer in measured["decode"]["all"]["outputs"]}) == 3
-
-
-def test_names_of_data_files() -> None:
-    assert _names(["a/code.jsonl", "b/chat.jsonl"]) == {"code": "a/code.jsonl", "chat": "b/chat.jsonl"}
-    assert list(_names(["a/x.jsonl", "b/x.jsonl", "all.jsonl"])) == ["a/x.jsonl", "b/x.jsonl", "all.jsonl"]
 
 
 @pytest.mark.parametrize(

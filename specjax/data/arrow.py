@@ -1,4 +1,4 @@
-"""Training records from Parquet files, from sets that `datasets` saved, and from the Hugging Face hub.
+"""Records from Parquet files, from sets that `datasets` saved, and from the Hugging Face hub.
 
 `datasets` keeps each as Arrow files on disk (for Parquet and the hub in its cache, `HF_HOME`), which are mapped into
 memory: a row is read when it is asked for.
@@ -25,21 +25,23 @@ if TYPE_CHECKING:
 HUB_SCHEME = "hf://"
 HUB_EXAMPLE = "hf://owner/name?split=train"
 HUB_SETTINGS = ("split", "config", "revision")
-# Only these columns are read: others may be images or take long to decode.
-COLUMNS = (*RECORD_KEYS, "loss_mask", "tools")
+COLUMNS = (*RECORD_KEYS, "loss_mask", "tools")  # of a training record
 ROWS_PER_COUNT = 10_000  # rows whose lengths are taken at a time
 
 
 class ArrowRecords:
     """Random access to the rows of tables as records. Picklable; safe to read from several threads.
 
-    `origins[i]` names table i in errors, before `, row N` (from 1). `token_counts` int64 [records] are the lengths of
+    Only `columns` are read: others may be images or take long to decode. `origins[i]` names table i in errors, before
+    `, row N` (from 1). `token_counts` int64 [records] are the lengths of
     `input_ids`, -1 for conversations. `identity` tells these tables from changed ones.
-    Raises InputError for a table without a column of a record, for no rows at all, and, on access, for a bad row.
+    Raises InputError for a table without any of `columns`, for no rows at all, and, on access, for a bad row.
     """
 
-    def __init__(self, tables: Sequence[Dataset], origins: Sequence[str], identity: Sequence[int | str]) -> None:
-        self._tables = [_record_columns(table, origin) for table, origin in zip(tables, origins, strict=True)]
+    def __init__(
+        self, tables: Sequence[Dataset], origins: Sequence[str], identity: Sequence[int | str], columns: Sequence[str]
+    ) -> None:
+        self._tables = [_select(table, origin, columns) for table, origin in zip(tables, origins, strict=True)]
         self._origins = list(origins)
         self._first = np.cumsum([0, *map(len, self._tables)])
         self.identity = list(identity)
@@ -51,15 +53,19 @@ class ArrowRecords:
         return int(self._first[-1])
 
     def __getitem__(self, index: int) -> Record:
+        return parse_record(*self.fields(index))
+
+    def fields(self, index: int) -> tuple[object, str]:
+        """A row without its nulls and where it stands."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         index %= len(self)
         table = int(np.searchsorted(self._first, index, side="right")) - 1
         row = index - int(self._first[table])
-        return parse_record(drop_nulls(self._tables[table][row]), f"{self._origins[table]}, row {row + 1}")
+        return drop_nulls(self._tables[table][row]), f"{self._origins[table]}, row {row + 1}"
 
 
-def open_parquet(paths: Sequence[Path]) -> ArrowRecords:
+def open_parquet(paths: Sequence[Path], columns: Sequence[str]) -> ArrowRecords:
     """The rows of Parquet files, which need not have the same columns. Raises InputError naming an unreadable one."""
     from datasets import Dataset
 
@@ -69,10 +75,10 @@ def open_parquet(paths: Sequence[Path]) -> ArrowRecords:
         read = partial(Dataset.from_parquet, glob.escape(str(path)))
         tables.append(_load(read, f"file {path}", "give a Parquet file with rows"))
         sizes.append(path.stat().st_size)
-    return ArrowRecords(tables, [f"file {path}" for path in paths], sizes)
+    return ArrowRecords(tables, [f"file {path}" for path in paths], sizes, columns)
 
 
-def open_saved(folder: Path) -> ArrowRecords:
+def open_saved(folder: Path, columns: Sequence[str]) -> ArrowRecords:
     """The rows of a folder written by `Dataset.save_to_disk`. Raises InputError for another folder."""
     import datasets
 
@@ -85,7 +91,7 @@ def open_saved(folder: Path) -> ArrowRecords:
         splits = ", ".join(str(folder / name) for name in table)
         raise InputError(f"folder {folder}: holds several splits; give one of {splits}")
     sizes = [Path(file["filename"]).stat().st_size for file in table.cache_files]
-    return ArrowRecords([table], [f"folder {folder}"], sizes)
+    return ArrowRecords([table], [f"folder {folder}"], sizes, columns)
 
 
 @dataclass(frozen=True)
@@ -118,7 +124,7 @@ class HubSource:
         return cls(name, **settings)
 
 
-def open_hub(url: str) -> ArrowRecords:
+def open_hub(url: str, columns: Sequence[str]) -> ArrowRecords:
     """The rows of a split of a hub data set, downloaded at first use; as `datasets` does, a local folder of that name
     comes first. Raises InputError for a wrong `url` and for what the hub does not have or does not give."""
     from datasets import load_dataset
@@ -130,7 +136,7 @@ def open_hub(url: str) -> ArrowRecords:
         "check owner/name, split, config and revision, the network, and for a gated set `hf auth login`; or download "
         "it and give its Parquet files",
     )
-    return ArrowRecords([table], [url], [len(table), table._fingerprint])
+    return ArrowRecords([table], [url], [len(table), table._fingerprint], columns)
 
 
 def _load(load: Callable[[], Any], origin: str, remedy: str) -> Any:
@@ -143,12 +149,11 @@ def _load(load: Callable[[], Any], origin: str, remedy: str) -> Any:
         raise InputError(f"{origin}: cannot be loaded ({error.__cause__ or error}); {remedy}") from error
 
 
-def _record_columns(table: Dataset, origin: str) -> Dataset:
-    if not set(RECORD_KEYS) & set(table.column_names):
-        raise InputError(
-            f"{origin}: a record holds exactly one of {', '.join(RECORD_KEYS)}; the columns are {table.column_names}"
-        )
-    return table.select_columns([name for name in COLUMNS if name in table.column_names])
+def _select(table: Dataset, origin: str, columns: Sequence[str]) -> Dataset:
+    found = [name for name in columns if name in table.column_names]
+    if not found:
+        raise InputError(f"{origin}: a record is made of {', '.join(columns)}; the columns are {table.column_names}")
+    return table.select_columns(found)
 
 
 def _token_counts(table: Dataset) -> np.ndarray:

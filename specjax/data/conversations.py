@@ -9,14 +9,17 @@ keys are left alone.
 """
 
 import glob
+import gzip
+import io
 import json
 import os
 import re
+import zlib
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -184,7 +187,7 @@ def find_files(patterns: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 class JsonlRecords:
-    """Random access to the records of JSONL files: only byte offsets are held in memory.
+    """Random access to the records of JSONL files: only byte offsets are held in memory, and files that end in .gz.
 
     Blank lines are skipped. Picklable; safe to read from several threads, because each read opens its file.
     `parse` makes a record of a decoded line, as `parse_record` does.
@@ -204,7 +207,8 @@ class JsonlRecords:
         self.vocab_size = vocab_size
         self.parse = parse
         self.identity: list[int | str] = [path.stat().st_size for path in self.paths]
-        lines = [_index_lines(path) for path in self.paths]
+        self._unpacked = {path: _unpacked(path) for path in self.paths if path.suffix == ".gz"}
+        lines = [self._index_lines(path) for path in self.paths]
         self._lines = np.concatenate(lines) if lines else np.zeros((0, 4), np.int64)
         self.token_counts = self._lines[:, 3]
         self._first = np.cumsum([0] + [len(index) for index in lines])
@@ -215,36 +219,48 @@ class JsonlRecords:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> Record:
+        return self.parse(*self.fields(index), self.vocab_size)
+
+    def fields(self, index: int) -> tuple[object, str]:
+        """A line's JSON value and where it stands, `file F, line N`. Raises InputError for what is no JSON."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         path, number = self.place(index)
         _, start, stop, _ = map(int, self._lines[index])
         origin = f"file {path}, line {number}"
-        with open(path, "rb") as file:
+        with self._open(path) as file:
             file.seek(start)
             line = file.read(stop - start)
         try:
-            fields = json.loads(line.decode("utf-8-sig"))
+            return json.loads(line.decode("utf-8-sig")), origin
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
             raise InputError(f"{origin}: not JSON ({error}); JSONL holds one JSON object a line") from error
-        return self.parse(fields, origin, self.vocab_size)
 
     def place(self, index: int) -> tuple[Path, int]:
         """File and one-based line number of a record."""
         index %= len(self)
         return self.paths[int(np.searchsorted(self._first, index, side="right")) - 1], int(self._lines[index, 0])
 
+    def _open(self, path: Path) -> BinaryIO:
+        return io.BytesIO(self._unpacked[path]) if path in self._unpacked else open(path, "rb")
 
-def _index_lines(path: Path) -> np.ndarray:
-    """int64 [lines, 4] of a file's non-blank lines: one-based line number, first byte, byte after the last, tokens."""
-    index = array("q")
-    start = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                index.extend((number, start, start + len(line), _count_tokens(line)))
-            start += len(line)
-    return np.frombuffer(index.tobytes(), np.int64).reshape(-1, 4)
+    def _index_lines(self, path: Path) -> np.ndarray:
+        """int64 [lines, 4] of the non-blank lines: one-based line number, first byte, byte after the last, tokens."""
+        index = array("q")
+        start = 0
+        with self._open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    index.extend((number, start, start + len(line), _count_tokens(line)))
+                start += len(line)
+        return np.frombuffer(index.tobytes(), np.int64).reshape(-1, 4)
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InputError(f"file {path}: cannot be unpacked ({error}); give a whole gzip file") from error
 
 
 def _count_tokens(line: bytes) -> int:

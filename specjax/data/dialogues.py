@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from specjax.data.conversations import Conversation, Message, Record, check_token_ids
-from specjax.data.prompts import chat_prompt, prompt_of_tokens
+from specjax.data.conversations import Conversation, Record, check_token_ids
+from specjax.data.prompts import Turns, answer_text, chat_prompt, check_context, prompt_of_tokens
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,16 +71,13 @@ class Dialogue:
     records: list[TrainingRecord] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._turn = 0
-        self._history: list[Message] = []
-        self._turns: list[list[Message]] = []
-        if isinstance(self.record, Conversation):
-            self._history, self._turns = _turns(self.record.messages)
+        self._question = _turns(self.record) if isinstance(self.record, Conversation) else None
+        self._answers: list[str] = []
 
     @property
     def turn_seed(self) -> int:
         """Of the next turn: turns draw anew, for a template may place them where an earlier one stood."""
-        return int(np.random.SeedSequence([*self.seed, self._turn]).generate_state(1)[0])
+        return int(np.random.SeedSequence([*self.seed, len(self._answers)]).generate_state(1)[0])
 
     def next_prompt(self) -> list[int] | None:
         """The token ids that the target continues next; None where the dialogue has ended."""
@@ -95,42 +92,38 @@ class Dialogue:
 
     def take(self, answer: Sequence[int]) -> None:
         """Goes on with the target's `answer` to the last `next_prompt`, its stop token included."""
-        finished = answer[-1] in self.rules.stop_token_ids
-        if finished or self.rules.unfinished == "keep":
+        rules = self.rules
+        finished = answer[-1] in rules.stop_token_ids
+        if finished or rules.unfinished == "keep":
             self._supervise(answer)
         if not finished:
             self.outcome = "unfinished"
-        elif self._turn + 1 >= len(self._turns):
+        elif self._question is None or len(self._answers) + 1 == len(self._question.turns):
             self.outcome = "done"
         else:
-            self._history += [*self._turns[self._turn], {"role": "assistant", "content": self._text(answer[:-1])}]
-            self._turn += 1
+            assert rules.tokenizer is not None
+            self._answers.append(answer_text(answer, rules.stop_token_ids, rules.tokenizer))
+
+    @property
+    def _place(self) -> str:
+        return f"turn {len(self._answers) + 1}"
 
     def _rendered(self) -> list[int]:
         if not isinstance(self.record, Conversation):
             return prompt_of_tokens(self.record, "its tokens")
-        if not self._turns:
+        if self._question is None:
             raise InputError("holds no message of a user to answer")
-        turn, place = self._turns[self._turn], f"turn {self._turn + 1}"
-        for message in turn:
-            if message["role"] == "tool":
-                raise InputError(f"{place} holds the result of a tool that the target's own answer did not call")
-            if message["role"] == "user" and not message.get("content", "").strip():
-                raise InputError(f"{place}: the user's message is empty")
-        rules = self.rules
-        messages = [*self._history, *turn]
-        return chat_prompt(messages, rules.tokenizer, place, rules.chat_template_kwargs, self.record.tools)
+        if any(message["role"] == "tool" for message in self._question.turns[len(self._answers)]):
+            raise InputError(f"{self._place} holds the result of a tool that the target's own answer did not call")
+        messages, rules = self._question.messages(self._answers), self.rules
+        return chat_prompt(messages, rules.tokenizer, self._place, rules.chat_template_kwargs, self.record.tools)
 
     def _checked(self, prompt: list[int]) -> list[int]:
-        rules, place = self.rules, f"turn {self._turn + 1}"
+        rules, place = self.rules, self._place
         if not prompt:
             raise InputError(f"{place}: the chat template renders nothing")
         check_token_ids(np.asarray(prompt), rules.vocab_size, place)
-        if len(prompt) + rules.max_new_tokens > rules.context:
-            raise InputError(
-                f"{place}: {len(prompt)} tokens and {rules.max_new_tokens} new ones exceed the target's context of "
-                f"{rules.context}"
-            )
+        check_context(prompt, rules.max_new_tokens, rules.context, place)
         return prompt
 
     def _supervise(self, answer: Sequence[int]) -> None:
@@ -143,21 +136,19 @@ class Dialogue:
                 self.records.pop()
         self.records.append(record)
 
-    def _text(self, answer: Sequence[int]) -> str:
-        assert self.rules.tokenizer is not None
-        text: str = self.rules.tokenizer.decode(
-            list(answer), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
 
 def answer_record(prompt: Sequence[int], answer: Sequence[int]) -> TrainingRecord:
     """The pre-tokenised record of a prompt and its answer, which is what is supervised."""
     return {"input_ids": [*prompt, *answer], "loss_mask": [0] * len(prompt) + [1] * len(answer)}
 
 
-def _turns(messages: Sequence[Message]) -> tuple[list[Message], list[list[Message]]]:
-    """What precedes the first message of a user, and from there on the runs of messages that are not answers."""
+def _turns(conversation: Conversation) -> Turns | None:
+    """From the first message of a user on, the runs of messages that are not answers; None without such a message.
+
+    What precedes it, answers included, belongs to the first turn.
+    """
+    messages = conversation.messages
     first = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
-    runs = groupby(messages[first:], key=lambda message: message["role"] == "assistant")
-    return list(messages[:first]), [list(run) for is_answer, run in runs if not is_answer]
+    groups = groupby(messages[first:], key=lambda message: message["role"] == "assistant")
+    runs = [tuple(run) for is_answer, run in groups if not is_answer]
+    return Turns(((*messages[:first], *runs[0]), *runs[1:])) if runs else None

@@ -1,6 +1,6 @@
 """Where training records come from, how often an epoch passes over each source, and which records are held out.
 
-A source is a path: JSONL or Parquet files or globs, a folder of `Dataset.save_to_disk`, or `hf://owner/name?split=...`.
+A source is a path: JSONL (also .gz) or Parquet files or globs, a folder of `Dataset.save_to_disk`, or `hf://owner/name?split=...`.
 
 Held out are records whose content, as a number in [0, 1), lies below a fraction. So copies of a record are on one
 side, whatever their order, file or file format, and a larger fraction holds out the same records and more.
@@ -17,20 +17,22 @@ from typing import Protocol
 
 import numpy as np
 
-from specjax.data.arrow import HUB_SCHEME, drop_nulls, open_hub, open_parquet, open_saved
+from specjax.data.arrow import COLUMNS, HUB_SCHEME, drop_nulls, open_hub, open_parquet, open_saved
 from specjax.data.conversations import Conversation, JsonlRecords, Record, find_files
 from specjax.errors import InputError
 
 
 class Source(Protocol):
     """Random access to the records of one source. `token_counts` int64 [records]: tokens as far as they are known
-    without reading, else -1. `identity`: JSON values that differ where the source was changed."""
+    without reading, else -1. `identity`: JSON values that differ where the source was changed. `fields`: a record as
+    it is written, before it is parsed, and where it stands."""
 
     token_counts: np.ndarray
     identity: list[int | str]
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Record: ...
+    def fields(self, index: int, /) -> tuple[object, str]: ...
 
 
 class MixedRecords:
@@ -69,20 +71,23 @@ class MixedRecords:
         return MixedRecords(self.sources, indices), where
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """The records of one path; see the module for the kinds. Raises InputError naming what cannot be read."""
+def open_source(path: str | os.PathLike[str], columns: Sequence[str] = COLUMNS) -> Source:
+    """The records of one path; see the module for the kinds. Of a table's columns only `columns` are read.
+
+    Raises InputError naming what cannot be read.
+    """
     name = os.fspath(path)
     if name.startswith(HUB_SCHEME):
-        return open_hub(name)
+        return open_hub(name, columns)
     if os.path.isdir(name):
-        return open_saved(Path(name))
+        return open_saved(Path(name), columns)
     files = find_files([path])
     parquet = [file for file in files if file.suffix == ".parquet"]
     if not parquet:
         return JsonlRecords([path])
     if len(parquet) < len(files):
         raise InputError(f"data {name}: matches Parquet and other files; give a pattern for each kind")
-    return open_parquet(parquet)
+    return open_parquet(parquet, columns)
 
 
 def read_sources(

@@ -1,5 +1,6 @@
 """Reading JSONL: each layout, each way a line can be wrong, and random access by offset."""
 
+import gzip
 import json
 import pickle
 
@@ -96,6 +97,21 @@ def test_only_offsets_are_held_and_they_pickle(tmp_path):
     pickled = pickle.dumps(data)
     assert len(pickled) < path.stat().st_size / 50
     assert pickle.loads(pickled)[17] == data[17]
+
+
+def test_a_packed_file_is_the_file_record_for_record(tmp_path):
+    records = [{"messages": [{"role": "user", "content": f"é{i}"}]} for i in range(5)]
+    plain = write(tmp_path / "a.jsonl", *records[:2], "", *records[2:])
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    expected, data = JsonlRecords([plain]), JsonlRecords([packed])
+    assert [record.messages for record in data] == [record.messages for record in expected]
+    assert data[3].origin == f"file {packed}, line 5"
+    assert pickle.loads(pickle.dumps(data))[4] == data[4]
+    for content in (plain.read_bytes(), packed.read_bytes()[:-9]):
+        packed.write_bytes(content)
+        with pytest.raises(InputError, match=f"^file {packed}: cannot be unpacked .*; give a whole gzip file"):
+            JsonlRecords([packed])
 
 
 def test_find_files_keeps_the_order_given_and_reads_a_literal_name_first(tmp_path):

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from specjax.data.prompts import chat_prompt, read_prompts
+from specjax.data.prompts import answer_text, chat_prompt, read_prompts
 from specjax.errors import InputError
 
 USER, ASSISTANT, MORE = (
@@ -71,8 +72,18 @@ def test_files_come_in_order_and_the_limit_stops_reading(tmp_path: Path) -> None
     second = written(tmp_path / "a.jsonl", rows[2], "{not read", rows[3])
     assert read_prompts([first, second], None, limit=3) == [[0], [1], [2]]
     assert read_prompts([first, second], None, limit=1) == [[0]]
-    with pytest.raises(InputError, match=r"a\.jsonl, line 2: is not JSON"):
+    with pytest.raises(InputError, match=r"a\.jsonl, line 2: not JSON"):
         read_prompts([first, second], None, limit=4)
+
+
+@pytest.mark.usefixtures("cache_of_its_own")
+def test_a_table_is_read_as_lines_are(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    records = [{"prompt": "hi", "messages": None}, {"prompt": "left alone", "messages": [USER, ASSISTANT, MORE]}]
+    lines = [{key: value for key, value in record.items() if value is not None} for record in records]
+    Dataset.from_list(records).to_parquet(tmp_path / "p.parquet")
+    prompts = read_prompts([tmp_path / "p.parquet"], tokenizer)
+    assert [tokenizer.decode(prompt) for prompt in prompts] == [FIRST + OPENING, WHOLE + OPENING]
+    assert prompts == read_prompts([written(tmp_path / "p.jsonl", *lines)], tokenizer)
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
@@ -89,16 +100,23 @@ def test_tools_and_template_settings_reach_the_template(make_tokenizer: Make, tm
     assert [tokenizer.decode(prompt) for prompt in prompts] == ["search,add|off|hi", "|off|x"]
 
 
+def test_an_answer_is_text_without_its_stop_token_and_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    a, b, special = tokenizer("ab<|stop|>", add_special_tokens=False)["input_ids"]
+    for answer, text in (([a, b], "a"), ([a, b, a], "aba"), ([b, a, special, b], "ba"), ([b], ""), ([special], "")):
+        assert answer_text(answer, [b], tokenizer) == text
+
+
 FOREIGN = {"input_ids": [1, 64, 2], "loss_mask": [0, 0, 1]}
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{oops", "is not JSON"),
+        ("{oops", "not JSON"),
         ("[1]", "a record is a JSON object, this is a list"),
         ({"text": "hi"}, "exactly one of messages, conversations, input_ids"),
         ({"prompt": 5}, "field prompt is 5; give a string"),
+        ({"prompt": " "}, "the user's message is empty; give its text"),
         ({"prompt": ["hi"]}, r"field prompt is \['hi'\]; give a string"),
         ({"messages": []}, "field messages is an empty list"),
         ({"messages": [ASSISTANT]}, "nothing precedes the assistant's turn"),
@@ -119,12 +137,12 @@ def test_a_bad_record_is_named_by_file_and_line(
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"prompt": "\xff"}\n')
-    with pytest.raises(InputError, match=r"p\.jsonl, line 1: is not JSON"):
+    with pytest.raises(InputError, match=r"p\.jsonl, line 1: not JSON"):
         read_prompts([path], None)
 
 
 def test_files_without_a_record_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"p\.jsonl: no prompts; give at least one record"):
+    with pytest.raises(InputError, match=r"p\.jsonl: no records; give at least one"):
         read_prompts([written(tmp_path / "p.jsonl", "", "")], None)
     with pytest.raises(InputError, match=r"nowhere\.jsonl: no such file"):
         read_prompts([tmp_path / "nowhere.jsonl"], None)

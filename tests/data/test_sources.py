@@ -8,12 +8,13 @@ import datasets
 import numpy as np
 import pytest
 
-from specjax.data.arrow import HubSource, open_hub
+from specjax.data.arrow import HubSource
 from specjax.data.conversations import JsonlRecords, parse_record
 from specjax.data.pipeline import TrainingData, tokenized
 from specjax.data.sources import content_hash, open_source, read_sources
 from specjax.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("cache_of_its_own")
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"x": {"type": "number"}}}}
 CALL = {"function": {"name": "add", "arguments": {"x": 1}}}
 OTHER_CALL = {"function": {"name": "say", "arguments": {"text": "hé"}}}
@@ -25,11 +26,6 @@ RECORDS = [
     {"input_ids": [5, 0, 6], "loss_mask": [False, True, True]},
     {"input_ids": [], "loss_mask": []},
 ]
-
-
-@pytest.fixture(autouse=True)
-def cache_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def table(records):
@@ -147,8 +143,8 @@ def test_the_hub_is_asked_for_what_the_entry_says(monkeypatch):
         return table(RECORDS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    open_hub("hf://owner/name?split=train%5B:10%25%5D&config=en&revision=v1.0")
-    open_hub("hf://name?split=train[:10%]+test")
+    open_source("hf://owner/name?split=train%5B:10%25%5D&config=en&revision=v1.0")
+    open_source("hf://name?split=train[:10%]+test")
     assert asked == [
         ("owner/name", {"name": "en", "split": "train[:10%]", "revision": "v1.0"}),
         ("name", {"name": None, "split": "train[:10%]+test", "revision": None}),
@@ -201,7 +197,7 @@ def test_what_is_no_data_set_is_refused(tmp_path):
         "folder": "folder .*folder: cannot be loaded .*; give the folder of a Dataset.save_to_disk, or files",
         "splits": "splits: holds several splits; give one of .*/splits/train, .*/splits/test",
         "mixed/*": r"mixed/\*: matches Parquet and other files; give a pattern for each kind",
-        "text.parquet": r"text\.parquet: a record holds exactly one of .*; the columns are \['text'\]",
+        "text.parquet": r"text\.parquet: a record is made of .*; the columns are \['text'\]",
         "empty.parquet": r"empty\.parquet: cannot be loaded .* corresponds to no data.*; give a Parquet file with rows",
     }.items():
         with pytest.raises(InputError, match=message):
