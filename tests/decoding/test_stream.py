@@ -16,7 +16,7 @@ from specjax.decoding.batch import Batch
 from specjax.decoding.loop import TAPS_BUFFER, decode, decode_round
 from specjax.errors import InputError
 from specjax.models.sharding import SPECS, make_mesh, mesh_scope, put
-from specjax.weights.module_params import flat_params
+from specjax.weights.module_params import flat_params, with_params
 from tests.decoding.oracle import Mixture, oracle, proposals
 from tests.decoding.tiny import FULL, SLIDING, TARGET, Cases, random_draft, random_prompts, random_target
 
@@ -267,10 +267,10 @@ def test_masked_tokens_never_come() -> None:
 
 def test_weights_that_are_not_finite_are_named_by_their_prompt() -> None:
     target = random_target(0)
-    weight = flat_params(target)["embed_tokens.weight"]
-    values = np.array(weight[...])
-    values[7] = np.nan
+    arrays = dict(flat_params(target))
+    embedding = np.array(arrays["embed_tokens.weight"])
+    embedding[7] = np.nan
     with mesh_scope():
-        weight[...] = put(values, weight[...].sharding.spec)
+        target = with_params(target, arrays | {"embed_tokens.weight": put(embedding, SPECS.embed_vd)})
     with pytest.raises(InputError, match="prompt 1: the target's hidden states are not finite"):
         generate(target, [[1, 2], [1, 7]], max_new_tokens=3)
