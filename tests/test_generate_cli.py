@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 
 from specjax import generate as decode
 from specjax.data.prompts import chat_prompt
+from specjax.decoding.text import StopStrings, TextStream
 from specjax.generate import main
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import mesh_scope
-from specjax.weights import flat_params, load_target, save_target, with_params
+from specjax.weights import flat_params, load_draft, load_target, save_target, with_params
 from specjax.weights.mask_embedding_file import mask_embedding_bytes
 from tests.model_folders import (
     MASK_TOKEN,
@@ -100,8 +101,12 @@ def test_json_lines_hold_tokens_rounds_and_text(
     lines = [json.loads(line) for line in printed.out.splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     for line, prompt, answer in zip(lines, prompts, answers, strict=True):
-        assert set(line) == {"prompt_tokens", "tokens", "rounds", "text", "acceptance_length"}
+        drafts = {"draft_tokens", "acceptance_length", "acceptance_rate"}
+        assert set(line) == {"prompt", "sample", "prompt_tokens", "tokens", "rounds", "text"} | drafts
+        assert (prompts[line["prompt"]], line["sample"]) == (prompt, 0)
         assert (line["prompt_tokens"], line["tokens"]) == (len(prompt), answer)
+        assert line["draft_tokens"] == [line["draft_tokens"][0]] * len(line["rounds"])
+        assert line["acceptance_rate"] == (sum(line["rounds"]) - len(line["rounds"])) / sum(line["draft_tokens"])
         assert line["text"] == tokenizer.decode(answer, skip_special_tokens=True)
         assert line["acceptance_length"] == statistics.mean(line["rounds"])
     assert printed.err == ""
@@ -119,6 +124,83 @@ def test_drawn_answers_have_a_seed_for_every_prompt(
         assert json.loads(line)["tokens"] == expected.tokens[0]
 
 
+@pytest.mark.parametrize("drafted", [False, True])
+def test_a_stream_prints_the_same_text(
+    folder: Path, answers: list[list[int]], drafted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the text ends at a string that begins in one token and ends in another."""
+    draft = ["--draft", str(folder / "draft")] if drafted else []
+    tokenizer = AutoTokenizer.from_pretrained(folder / "target")
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    call(folder, *user(*TEXTS), *draft, "--stream")
+    printed = capsys.readouterr()
+    assert printed.out == f"[1/2]\n{texts[0]}\n[2/2]\n{texts[1]}\n"
+    assert len(printed.err.splitlines()) == 2 * drafted
+    first, second = (tokenizer.decode(answers[0][i : i + 1]) for i in (5, 6))
+    stop = first[-1:] + second[:1]
+    cut = texts[0][: texts[0].index(stop)]
+    for how in ("--stream", "--jsonl"):
+        call(folder, *user(TEXTS[0]), *draft, "--stop", stop, "--stop", "never", how)
+        out = capsys.readouterr().out
+        assert (out if how == "--stream" else json.loads(out)["text"] + "\n") == cut + "\n"
+
+
+def test_text_pieces_wait_for_whole_characters_and_stop_strings() -> None:
+    """Bytes of one character in three tokens; a stop string that begins three times and comes once."""
+
+    class Bytes:
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            return bytes(tokens).decode("utf-8", errors="replace")
+
+    stops = StopStrings.build(["stop"], Bytes())
+    for text, shown in (("a€b", "a€b"), ("so st sto€ stop it", "so st sto€ "), ("st", "st"), ("", "")):
+        stream = TextStream(Bytes(), stops)
+        pieces = [stream.add([byte]) for byte in text.encode()]
+        for i, piece in enumerate(pieces):
+            assert "\ufffd" not in piece
+            assert shown.startswith("".join(pieces[: i + 1]))
+        assert "".join(pieces) + stream.add([], last=True) == shown
+        assert "".join(pieces) == shown or text == "st"
+    stream = TextStream(Bytes(), None)
+    assert [stream.add([byte]) for byte in "x€".encode()] == ["x", "", "", "€"]
+
+
+def test_a_chat_is_a_list_of_messages(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = [{"role": "user", "content": t} for t in TEXTS]
+    messages.insert(1, {"role": "assistant", "content": "Three."})
+    prompt = chat_prompt(messages, AutoTokenizer.from_pretrained(folder / "target"), "here")
+    expected = decode(load_target(folder / "target", dtype=jnp.float32), [prompt], None, NEW, [STOP_TOKEN])
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(messages)))
+    for chat in (json.dumps(messages), "-"):
+        call(folder, "--chat", chat, "--jsonl")
+        assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens[0]
+
+
+def test_samples_rules_masks_and_widths_reach_the_decoder(
+    folder: Path, prompts: list[list[int]], answers: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = load_target(folder / "target", dtype=jnp.float32)
+    draft = load_draft(folder / "draft", dtype=jnp.float32)
+    settings = {"temperature": 1.0, "rule": "block", "draft_choice": "sample", "samples": 2}
+    flags = ["--temperature", "1", "--rule", "block", "--draft-choice", "sample", "--samples", "2", "--seed", "3"]
+    call(folder, *user(*TEXTS), *flags, "--draft", str(folder / "draft"), "--jsonl")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(line["prompt"], line["sample"]) for line in lines] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for i, prompt in enumerate(prompts):
+        expected = decode(target, [prompt], draft, NEW, [STOP_TOKEN], seed=3 + 2 * i, **settings)
+        assert [line["tokens"] for line in lines[2 * i : 2 * i + 2]] == expected.tokens
+    call(folder, *user(*TEXTS), *flags)
+    assert "[2/2, sample 1]" in capsys.readouterr().out
+    suppressed = [str(t) for t in answers[0][:2]]
+    call(folder, *user(TEXTS[0]), "--suppress-tokens", *suppressed, "--jsonl")
+    assert not {*answers[0][:2]} & {*json.loads(capsys.readouterr().out)["tokens"]}
+    call(folder, *user(*TEXTS), "--draft-tokens", "auto", "--draft", str(folder / "draft"), "--jsonl")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["tokens"] for line in lines] == answers
+
+
 def test_without_a_tokenizer_token_ids_go_in_and_come_out(
     folder: Path, prompts: list[list[int]], answers: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -127,6 +209,8 @@ def test_without_a_tokenizer_token_ids_go_in_and_come_out(
     assert capsys.readouterr().out == " ".join(map(str, answers[0])) + "\n"
     call(folder, "--data", str(data), "--jsonl", target="bare")
     assert json.loads(capsys.readouterr().out) == {
+        "prompt": 0,
+        "sample": 0,
         "prompt_tokens": len(prompts[0]),
         "tokens": answers[0],
         "rounds": [],
@@ -197,6 +281,13 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "draft tokens beyond the block": ({"draft": "draft", "draft-tokens": 4}, "error: draft_tokens is 4"),
     "draft tokens without a draft": ({"draft-tokens": 2}, "error: draft_tokens is 2, but there is no draft"),
     "no new tokens": ({"max-new-tokens": 0}, "max_new_tokens is 0; give at least 1"),
+    "no width": ({"draft": "draft", "draft-tokens": "all"}, "--draft-tokens is 'all'; give a number or auto"),
+    "a width without a draft": ({"draft-tokens": "auto"}, "draft_tokens is auto, but there is no draft"),
+    "no samples": ({"samples": 0}, "samples is 0; give at least 1"),
+    "equal samples": ({"samples": 2}, "samples is 2, but temperature 0 is greedy"),
+    "a rule for nothing": ({"rule": "block"}, "rule is block, but temperature 0 is greedy"),
+    "an empty stop": ({"stop": ""}, "stop_strings holds ''; give strings of at least one character"),
+    "no such token": ({"suppress-tokens": -1}, "--suppress-tokens: -1 is outside the target's vocabulary of"),
     "no batch": ({"batch-size": 0}, "error: --batch-size is 0"),
     "too many devices": ({"tensor": 9}, "error: --tensor is 9; there are 8 devices"),
     "devices that do not divide": ({"tensor": 3}, "error: --tensor 3: tensor 3 does not divide"),

@@ -29,7 +29,7 @@ from specjax.decoding.inputs import (
     per_prompt,
 )
 from specjax.decoding.loop import TAPS_BUFFER, DecodeState, Limits, decode
-from specjax.decoding.stop_strings import StopStrings
+from specjax.decoding.text import StopStrings
 from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder

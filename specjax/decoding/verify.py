@@ -63,7 +63,7 @@ def verify(
     logits: the target's after the known token and after each of the n drafts. draft_logits: those that the drafts were
     sampled from; None where a draft is the likeliest token, and so certain.
     """
-    if rule == "match":
+    if rule == "match" or not drafts_bn.shape[1]:
         positions = length_b[:, None] + 1 + jnp.arange(logits_bsv.shape[1], dtype=jnp.int32)
         choices = choose(logits_bsv, positions, sampling)
         matches = jnp.cumprod((drafts_bn == choices[:, :-1]).astype(jnp.int32), axis=1)
