@@ -134,6 +134,20 @@ def test_a_truncated_shard_is_reported_with_what_it_lacks(qwen3_folder: Path, tm
     assert "missing tensor" in str(caught.value)
 
 
+def test_weights_that_are_not_finite_are_named(qwen3_folder: Path, tmp_path: Path) -> None:
+    names = UP, "model.norm.weight", UP.replace("up", "gate")
+    tensors = {name: a.copy() for file in qwen3_folder.glob("*.safetensors") for name, a in load_file(file).items()}
+    up, norm, gate = (tensors[name] for name in names)
+    up[-1, -1], norm[0] = np.nan, -np.inf
+    gate[:] = 3e38  # finite, and their sum is not
+    folder = edited(qwen3_folder, tmp_path / "m", dict(zip(names, (up, norm, gate), strict=True)))
+    with pytest.raises(InputError) as error, jax.set_mesh(make_mesh(1, 2, 2)):
+        load_target(folder)
+    for name in names[:2]:
+        assert f"NaN or infinity in tensor {name}" in str(error.value)
+    assert str(error.value).count("NaN") == 2
+
+
 def test_long_lists_are_cut(qwen3_folder: Path, tmp_path: Path) -> None:
     extra = {f"extra.{i}": np.zeros(1, np.float32) for i in range(30)}
     with pytest.raises(InputError, match="and 10 more: unexpected tensor"):
