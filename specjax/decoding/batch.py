@@ -11,6 +11,7 @@ import numpy.typing as npt
 from jax.sharding import PartitionSpec as P
 
 from specjax.decoding.drafter import Drafter
+from specjax.decoding.flat import Flat
 from specjax.decoding.loop import DecodeState, Limits, prefill
 from specjax.decoding.sampling import Sampling
 from specjax.models.decoder import Decoder
@@ -98,7 +99,7 @@ class Batch:
         )
         return replace(self, sampling=sampling)
 
-    def prefill(self, target: Decoder, drafter: Drafter | None) -> DecodeState:
+    def prefill(self, target: Decoder | Flat[Decoder], drafter: Drafter | Flat[Drafter | None] | None) -> DecodeState:
         return prefill(
             target,
             drafter,

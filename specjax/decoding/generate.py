@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from specjax.decoding.auto_width import AutoWidth, Seconds, median_seconds
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.flat import Flat
 from specjax.decoding.inputs import (
     Ids,
     check_draft_tokens,
@@ -160,6 +161,7 @@ class Stream:
         if rounds_a_step < 1:
             raise InputError(f"rounds_a_step is {rounds_a_step}; give at least 1")
         self._target = target
+        self._flat = Flat.of(target), Flat.of(self._drafter)
         self._rounds_a_step = rounds_a_step
         self._decode = partial(decode, rule=rule, draft_choice=draft_choice)
         self._progress: _Progress | None = None
@@ -181,7 +183,7 @@ class Stream:
                 seconds = self._width.times(batch.rows, batch.capacity, block_size, self._measured)
                 self._choice = self._width.start(seconds)
             started = time.perf_counter()
-            self._state = jax.block_until_ready(self._batch.prefill(target, self._drafter))
+            self._state = jax.block_until_ready(self._batch.prefill(*self._flat))
             self._prefill_seconds = time.perf_counter() - started
 
     def __iter__(self) -> Iterator[list[list[int]]]:
@@ -243,7 +245,7 @@ class Stream:
 
     def _run(self, state: DecodeState, batch: Batch, width: int, until: int) -> DecodeState:
         limit = put(np.int32(min(until, NEVER)), P())
-        arguments = self._target, self._drafter, state, batch.limits, batch.sampling, limit
+        arguments = *self._flat, state, batch.limits, batch.sampling, limit
         return jax.block_until_ready(self._decode(*arguments, draft_tokens=width))
 
     def _look(self) -> None:
@@ -279,7 +281,7 @@ class Stream:
         limits = self._batch.limits
         endless = Limits(jnp.full_like(limits.total, NEVER), jnp.full_like(limits.stops, -1))
         batch = replace(self._batch, limits=endless)
-        state, rounds = batch.prefill(self._target, self._drafter), 0
+        state, rounds = batch.prefill(*self._flat), 0
         for width in widths:
             state = self._run(state, batch, width, 0)  # compiles, runs nothing
 

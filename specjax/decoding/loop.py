@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.decoding.drafter import Drafter
+from specjax.decoding.flat import Flat, whole
 from specjax.decoding.sampling import Sampling, choose
 from specjax.decoding.verify import propose, verify
 from specjax.models.decoder import Decoder
@@ -67,8 +68,8 @@ class DecodeState:
 
 @partial(jax.jit, static_argnames=("capacity", "max_rounds", "chunk", "samples"))
 def prefill(
-    target: Decoder,
-    drafter: Drafter | None,
+    target: Decoder | Flat[Decoder],
+    drafter: Drafter | Flat[Drafter | None] | None,
     prompts_bt: jax.Array,
     prompt_length_b: jax.Array,
     limits: Limits,
@@ -86,6 +87,7 @@ def prefill(
     b * samples rows. Rows with `prompt_length_b` 0 are padding and done from the start. The padding's K/V are
     overwritten before a query can see them.
     """
+    target, drafter = whole(target), whole(drafter)
     b, bucket = prompts_bt.shape
     config = target.config
     shape = config.num_hidden_layers, b, config.num_key_value_heads, capacity, config.head_dim
@@ -157,8 +159,8 @@ def decode_round(
 
 @partial(jax.jit, static_argnames=("draft_tokens", "rule", "draft_choice"), donate_argnames=("state",))
 def decode(
-    target: Decoder,
-    drafter: Drafter | None,
+    target: Decoder | Flat[Decoder],
+    drafter: Drafter | Flat[Drafter | None] | None,
     state: DecodeState,
     limits: Limits,
     sampling: Sampling | None = None,
@@ -172,6 +174,8 @@ def decode(
 
     With a drafter and no `draft_tokens` the drafter still takes in every token, many at a time.
     """
+
+    target, drafter = whole(target), whole(drafter)
 
     def unfinished(state: DecodeState, until: jax.Array | None = until) -> jax.Array:
         going = ~state.done.all()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from specjax import generate
+from specjax.decoding import AutoWidth
 from specjax.decoding.loop import decode, prefill
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
@@ -76,6 +77,21 @@ def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs
         ([PROMPT], {"temperature": 1.0, "seed": -1}, r"seed is -1; give an integer from 0 to 2\*\*32 - 1"),
         ([PROMPT], {"temperature": 1.0, "seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
         ([PROMPT], {"draft_tokens": 2}, "draft_tokens is 2, but there is no draft"),
+        ([PROMPT], {"draft_tokens": AutoWidth()}, "draft_tokens is auto, but there is no draft"),
+        ([PROMPT], {"temperature": 1.0, "rule": "typical"}, "rule is 'typical'; give one of match, rejection, block"),
+        ([PROMPT], {"temperature": 1.0, "draft_choice": "beam"}, "draft_choice is 'beam'; give one of argmax, sample"),
+        ([PROMPT], {"rule": "block"}, "rule is block, but temperature 0 is greedy"),
+        ([PROMPT], {"draft_choice": "sample"}, "draft_choice is sample, but temperature 0 is greedy"),
+        ([PROMPT], {"samples": 2}, "samples is 2, but temperature 0 is greedy"),
+        ([PROMPT], {"temperature": 1.0, "samples": 0}, "samples is 0; give at least 1"),
+        ([PROMPT], {"temperature": 1.0, "samples": 1.5}, "samples is 1.5; give an integer"),
+        ([PROMPT], {"temperature": 1.0, "samples": 2, "seed": [1]}, "seed has 1 entries for 2 samples"),
+        ([PROMPT], {"logit_mask": [1] * 96}, r"logit_mask has dtype int64 and shape \(96,\); give booleans"),
+        ([PROMPT], {"logit_mask": [True] * 95}, r"shape \(95,\); give booleans.* of shape \(96,\) or \(1, 96\)"),
+        ([PROMPT], {"logit_mask": [False] * 96}, "prompt 0: logit_mask allows no token; allow at least one"),
+        ([PROMPT], {"stop_strings": "end", "tokenizer": object()}, "stop_strings is 'end'; give a list of strings"),
+        ([PROMPT], {"stop_strings": ["a", ""], "tokenizer": object()}, "stop_strings holds ''; give strings of at"),
+        ([PROMPT], {"stop_strings": ["a"]}, "stop_strings are text, but there is no tokenizer"),
     ],
 )
 def test_a_bad_request_is_refused(
