@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
     parser.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
+    parser.add_argument("--tree-nodes", type=int, help="verify a tree of so many drafts a round (default: a chain)")
     add_sampling_arguments(parser)
     parser.add_argument("--jsonl", action="store_true", help="one JSON object a prompt: text, tokens, rounds")
     args = parser.parse_args(argv)
@@ -77,6 +78,7 @@ def _answers(
                 max_new_tokens=args.max_new_tokens,
                 stop_token_ids=models.stop_token_ids,
                 draft_tokens=args.draft_tokens,
+                tree_nodes=args.tree_nodes,
                 seed=args.seed + first,
                 **sampling,
             )

@@ -226,7 +226,8 @@ def _draft_step(draft_tokens: int) -> Step:
     """A draft and the context's keys and values of a block's worth of taps."""
 
     def step(target: Decoder, drafter: Drafter, state: DecodeState) -> DecodeState:
-        drafts = drafter.draft(state.drafter, target, state.tokens[:, 0], state.length)
+        logits = drafter.draft_logits(state.drafter, target, state.tokens[:, 0], state.length)
+        drafts = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         rows, width = state.tokens.shape[0], len(drafter.tap_ids) * target.config.hidden_size
         positions = state.length[:, None] + jnp.arange(draft_tokens + 1, dtype=jnp.int32)
         taps = jnp.zeros((rows, draft_tokens + 1, width), target.dtype, out_sharding=SPECS.act_btd)

@@ -35,8 +35,11 @@ class Drafter(Protocol):
         them, and `draft` may not look past the row's length.
         """
 
-    def draft(self, state: Any, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
-        """Proposals [b, block_size - 1] for positions length + 1, ...; `last_token_b` sits at position `length_b`."""
+    def draft_logits(self, state: Any, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
+        """Logits [b, block_size - 1, v] of the tokens at positions length + 1, ..., each slot's own, float32.
+
+        `last_token_b` sits at position `length_b`. The vocabulary may be split over `tensor`.
+        """
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +72,7 @@ class DFlashDrafter:
             state = state.write(layer, keys, values, slots_bt)
         return state
 
-    def draft(self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
+    def draft_logits(self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array) -> jax.Array:
         """Context is strictly before the last token, whose own hidden state the target has not computed yet."""
         config = self.model.config
         masks = jnp.full((last_token_b.shape[0], config.block_size - 1), config.mask_token_id, jnp.int32)
@@ -78,4 +81,4 @@ class DFlashDrafter:
         context_kv = tuple(zip(state.keys, state.values, strict=True))
         stop = length_b[:, None]
         hidden = self.model(noise, context_kv, jnp.zeros_like(stop), stop)[:, 0, 1:]
-        return jnp.argmax(target.logits(hidden), axis=-1).astype(jnp.int32)
+        return target.logits(hidden)

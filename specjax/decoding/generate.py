@@ -26,6 +26,7 @@ from specjax.models.sharding import BATCH, SPECS, axis_size, mesh_scope, put
 PROMPT_BUCKET = 64  # prompts are padded to a power of two times this
 NEW_TOKENS_BUCKET = 64
 STOPS_BUCKET = 4
+MOST_TREE_NODES = 1024  # every node sees the others through a mask of nodes^2
 LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
@@ -54,6 +55,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | Ids = 0,
+    tree_nodes: int | None = None,
 ) -> Generation:
     """Continues `prompts` (lists of token ids), speculatively if a draft is given; the output is the same.
 
@@ -61,15 +63,17 @@ def generate(
     most block size - 1 (the default). temperature: 0 is greedy; above, tokens are drawn from the target's softmax
     after temperature, top_k and top_p, in this order. seed: one entry a prompt, or that of the first, and the next
     prompt has the next. What is drawn depends on a prompt, its seed and these settings alone: neither the draft nor the
-    rest of the batch changes it. Prompts of one call run as one batch.
+    rest of the batch changes it. tree_nodes: verify a tree of so many drafts a round, `draft_tokens` deep, in place of
+    one chain. Prompts of one call run as one batch.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
-            target, a draft of another target, or limits, seeds or sampling settings out of range.
+            target, a draft of another target, or limits, tree size, seeds or sampling settings out of range.
     """
     check_sampling(temperature, top_k, top_p)
     drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
     width = _check_models(target, drafter, draft_tokens)
+    _check_tree(target, width, tree_nodes)
     rows = [_integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
     new_tokens, stops = _per_prompt(len(rows), max_new_tokens, stop_token_ids)
     seeds = _seeds(len(rows), seed)
@@ -83,7 +87,8 @@ def generate(
         started = time.perf_counter()
         state = jax.block_until_ready(batch.prefill(target, drafter))
         prefilled = time.perf_counter()
-        state = jax.block_until_ready(decode(target, drafter, state, batch.limits, batch.sampling, draft_tokens=width))
+        drafts = {"draft_tokens": width, "tree_nodes": tree_nodes or 0}
+        state = jax.block_until_ready(decode(target, drafter, state, batch.limits, batch.sampling, **drafts))
         finished = time.perf_counter()
     tokens, rounds = batch.outputs(state)
     return Generation(tokens, rounds if drafter else [[] for _ in rows], prefilled - started, finished - prefilled)
@@ -263,3 +268,16 @@ def _check_models(target: Decoder, drafter: Drafter | None, draft_tokens: int | 
     if not 1 <= width <= most:
         raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {most}")
     return width
+
+
+def _check_tree(target: Decoder, width: int, tree_nodes: int | None) -> None:
+    if tree_nodes is None:
+        return
+    if not width:
+        raise InputError(f"tree_nodes is {tree_nodes}, but there is no draft; give one or leave it out")
+    most = min(MOST_TREE_NODES, target.config.vocab_size)
+    if isinstance(tree_nodes, bool) or not isinstance(tree_nodes, Integral) or not width <= tree_nodes <= most:
+        raise InputError(
+            f"tree_nodes is {tree_nodes!r}; give {width} (the drafts of a round, which it holds) to {most}, "
+            "or lower draft_tokens"
+        )

@@ -9,6 +9,7 @@ A row's tokens are committed up to its `length`; the token at `length` (the bonu
 The drafts that equal the target's choices are kept, and the choice after the last kept one is the next bonus token.
 Autoregressive decoding is the same loop with no drafts (n = 0), so baseline and speculation share every line. Caches
 are never rolled back: entries of rejected tokens are overwritten by the next round before any query can see them.
+The drafts may also be a tree, which continues the tokens in several ways: see `tree` and `tree_round`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import jax.numpy as jnp
 
 from specjax.decoding.drafter import Drafter
 from specjax.decoding.sampling import Sampling, choose
+from specjax.decoding.tree import draft_tree
+from specjax.decoding.tree_round import Verified, verify_tree
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS
@@ -110,15 +113,35 @@ def decode_round(
     sampling: Sampling | None = None,
     *,
     draft_tokens: int,
+    tree_nodes: int = 0,
 ) -> DecodeState:
     """One round: draft, verify `draft_tokens` of the proposals in one target pass, commit what matched plus one.
 
-    draft_tokens 0 (or no drafter) decodes one token autoregressively.
+    draft_tokens 0 (or no drafter) decodes one token autoregressively. With tree_nodes, a tree of so many drafts is
+    verified, `draft_tokens` deep.
     """
-    block = _token_at(state.tokens, state.length)[:, None]
+    known = _token_at(state.tokens, state.length)
+    block = known[:, None]
     if drafter is not None and draft_tokens:
-        drafts = drafter.draft(state.drafter, target, block[:, 0], state.length)[:, :draft_tokens]
-        block = jnp.concatenate([block, drafts], axis=1)
+        logits = drafter.draft_logits(state.drafter, target, known, state.length)[:, :draft_tokens]
+        block = jnp.concatenate([block, jnp.argmax(logits, axis=-1).astype(jnp.int32)], axis=1)
+    if drafter is not None and tree_nodes:
+        tree = draft_tree(known, logits, tree_nodes)
+        caches = state.cache, state.drafter
+        verified = verify_tree(target, drafter, tree, state.length, state.done, *caches, sampling)
+    else:
+        verified = _verify_chain(target, drafter, block, state, sampling)
+    advanced = jnp.where(state.done, 0, verified.matched + 1)
+    rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
+    caches = verified.cache, verified.drafter
+    state = DecodeState(state.tokens, state.length, state.done, *caches, rounds, state.round + 1)
+    return _commit(state, limits, verified.choices, verified.matched)
+
+
+def _verify_chain(
+    target: Decoder, drafter: Drafter | None, block: jax.Array, state: DecodeState, sampling: Sampling | None
+) -> Verified:
+    """Runs the known token and drafts [b, n + 1] and takes the drafts that equal the target's choices."""
     positions = _positions(state.length, block.shape[1])
     slots = jnp.where(state.done[:, None], state.tokens.shape[1], positions)
     tap_ids = drafter.tap_ids if drafter is not None else ()
@@ -126,17 +149,13 @@ def decode_round(
     assert output.cache is not None
     choices = choose(target.logits(output.hidden), positions + 1, sampling)
     matches = jnp.cumprod((block[:, 1:] == choices[:, :-1]).astype(jnp.int32), axis=1)
-    matched = matches.sum(axis=1).astype(jnp.int32)
     drafter_state = state.drafter
     if drafter is not None:
         drafter_state = drafter.observe(state.drafter, output.taps, positions, slots)
-    advanced = jnp.where(state.done, 0, matched + 1)
-    rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
-    state = DecodeState(state.tokens, state.length, state.done, output.cache, drafter_state, rounds, state.round + 1)
-    return _commit(state, limits, choices, matched)
+    return Verified(choices, matches.sum(axis=1).astype(jnp.int32), output.cache, drafter_state)
 
 
-@partial(jax.jit, static_argnames=("draft_tokens",), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("draft_tokens", "tree_nodes"), donate_argnames=("state",))
 def decode(
     target: Decoder,
     drafter: Drafter | None,
@@ -145,14 +164,15 @@ def decode(
     sampling: Sampling | None = None,
     *,
     draft_tokens: int,
+    tree_nodes: int = 0,
 ) -> DecodeState:
-    """Rounds until every row is done. `state` is donated."""
+    """Rounds until every row is done; see `decode_round`. `state` is donated."""
 
     def unfinished(state: DecodeState) -> jax.Array:
         return ~state.done.all()
 
     def body(state: DecodeState) -> DecodeState:
-        return decode_round(target, drafter, state, limits, sampling, draft_tokens=draft_tokens)
+        return decode_round(target, drafter, state, limits, sampling, draft_tokens=draft_tokens, tree_nodes=tree_nodes)
 
     return jax.lax.while_loop(unfinished, body, state)
 

@@ -76,6 +76,7 @@ def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs
         ([PROMPT], {"temperature": 1.0, "seed": -1}, r"seed is -1; give an integer from 0 to 2\*\*32 - 1"),
         ([PROMPT], {"temperature": 1.0, "seed": [1, 2]}, "seed has 2 entries for 1 prompts"),
         ([PROMPT], {"draft_tokens": 2}, "draft_tokens is 2, but there is no draft"),
+        ([PROMPT], {"tree_nodes": 9}, "tree_nodes is 9, but there is no draft; give one or leave it out"),
     ],
 )
 def test_a_bad_request_is_refused(
@@ -90,6 +91,15 @@ def test_draft_tokens_must_fit_the_block(
 ) -> None:
     message = f"draft_tokens is {draft_tokens}; this draft proposes 1 to 3"
     refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
+
+
+@pytest.mark.parametrize("tree_nodes", [0, 1, 97, 2.5, True])
+def test_a_tree_must_hold_the_drafts_of_a_round_and_have_a_size(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, tree_nodes: Any
+) -> None:
+    """At most a node for every token of the vocabulary."""
+    message = f"tree_nodes is {tree_nodes}; give 2 .the drafts of a round, which it holds. to 96, or lower draft_tokens"
+    refused(caplog, message, target, [PROMPT], draft, draft_tokens=2, tree_nodes=tree_nodes)
 
 
 @pytest.mark.parametrize(
