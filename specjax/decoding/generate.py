@@ -276,7 +276,7 @@ def _check_tree(target: Decoder, width: int, tree_nodes: int | None) -> None:
     if not width:
         raise InputError(f"tree_nodes is {tree_nodes}, but there is no draft; give one or leave it out")
     most = min(MOST_TREE_NODES, target.config.vocab_size)
-    if isinstance(tree_nodes, bool) or not isinstance(tree_nodes, Integral) or not width <= tree_nodes <= most:
+    if not isinstance(tree_nodes, Integral) or not width <= tree_nodes <= most:
         raise InputError(
             f"tree_nodes is {tree_nodes!r}; give {width} (the drafts of a round, which it holds) to {most}, "
             "or lower draft_tokens"

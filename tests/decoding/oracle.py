@@ -97,11 +97,15 @@ def proposals(
 
 
 def preferences(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], seed: int, vocab_size: int
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    seed: int,
+    vocab_size: int,
+    rows: int | None = None,
 ) -> np.ndarray:
     """An oracle's logits [rows, positions, v]: the answer's token is the best, the second or a later choice."""
     rng = np.random.default_rng(seed)
-    table = proposals(prompts, answers, 0.0, seed, vocab_size)
+    table = proposals(prompts, answers, 0.0, seed, vocab_size, rows)
     logits = rng.standard_normal((*table.shape, vocab_size)).astype(np.float32)
     logits *= rng.choice([1.0, 3.0, 6.0], table.shape)[..., None].astype(np.float32)
     rank = rng.choice([0, 1, 2, 4, 20], table.shape, p=[0.5, 0.2, 0.15, 0.1, 0.05])[..., None]

@@ -15,7 +15,7 @@ from specjax.decoding.loop import DecodeState, decode_round
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import SPECS, mesh_scope, put
-from tests.decoding.oracle import Mixture, oracle, proposals
+from tests.decoding.oracle import Mixture, oracle, preferences, proposals
 from tests.decoding.tiny import DRAFTS, TARGET, Cases, is_tie, random_draft
 
 LIMITS = (50, 9, 1)
@@ -90,8 +90,10 @@ def test_proposals_are_those_of_the_training_forward(
     target, prompts, answers = case(0, 3)
     draft = random_draft(0, config)
     table = proposals(prompts, answers, 0.0, 0, TARGET.vocab_size)
+    if tree_nodes:  # whose accepted paths shall not be chains
+        table = preferences(prompts, answers, 0, TARGET.vocab_size)
     with mesh_scope():
-        known = put(np.random.default_rng(1).random(table.shape) < 0.7, SPECS.act_bt)
+        known = put(np.random.default_rng(1).random(table.shape[:2]) < (1 if tree_nodes else 0.7), SPECS.act_bt)
         drafter = Mixture(DFlashDrafter(draft), oracle(table, config.block_size), known)
         result = decode_by_hand(target, drafter, prompts, draft_tokens, tree_nodes)
         for row, (prompt, answer, limit) in enumerate(zip(prompts, answers, LIMITS, strict=True)):

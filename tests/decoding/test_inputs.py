@@ -93,7 +93,7 @@ def test_draft_tokens_must_fit_the_block(
     refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
 
 
-@pytest.mark.parametrize("tree_nodes", [0, 1, 97, 2.5, True])
+@pytest.mark.parametrize("tree_nodes", [0, 1, 97, 2.5])
 def test_a_tree_must_hold_the_drafts_of_a_round_and_have_a_size(
     target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, tree_nodes: Any
 ) -> None:
