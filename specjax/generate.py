@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft-tokens", help="drafts verified a round (default: block size - 1), or auto: what pays, as measured"
     )
+    parser.add_argument("--tree-nodes", type=int, help="verify a tree of so many drafts a round (default: a chain)")
     add_sampling_arguments(parser)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers a prompt, at a temperature")
     parser.add_argument("--rule", choices=("match", "rejection", "block"), default="match", help="how drafts are kept")
@@ -97,7 +98,7 @@ def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"--draft-tokens is {width!r}; give a number or auto") from None
     settings = {"samples": args.samples, "rule": args.rule, "draft_choice": args.draft_choice}
     check_sampling(args.temperature, args.top_k, args.top_p, **settings)
-    return settings | {"draft_tokens": AutoWidth() if width == "auto" else width}
+    return settings | {"draft_tokens": AutoWidth() if width == "auto" else width, "tree_nodes": args.tree_nodes}
 
 
 def _target_settings(args: argparse.Namespace, models: Models) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from specjax.decoding.text import StopStrings, TextStream
 from specjax.generate import main
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import mesh_scope
-from specjax.weights import flat_params, load_draft, load_target, save_target, with_params
+from specjax.weights import flat_params, load_draft, load_target, read_target_config, save_target, with_params
 from specjax.weights.mask_embedding_file import mask_embedding_bytes
 from tests.model_folders import (
     MASK_TOKEN,
@@ -110,6 +110,17 @@ def test_json_lines_hold_tokens_rounds_and_text(
         assert line["text"] == tokenizer.decode(answer, skip_special_tokens=True)
         assert line["acceptance_length"] == statistics.mean(line["rounds"])
     assert printed.err == ""
+
+
+def test_a_tree_of_every_token_is_always_right(
+    folder: Path, answers: list[list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = str(read_target_config(folder / "target").vocab_size)
+    tree = ("--draft-tokens", "1", "--tree-nodes", every)
+    call(folder, *user(*TEXTS), "--draft", str(folder / "draft"), *tree, "--jsonl")
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["tokens"] for line in lines] == answers
+    assert all(line["rounds"] == [2] * -(-(NEW - 1) // 2) for line in lines)
 
 
 def test_drawn_answers_have_a_seed_for_every_prompt(
@@ -280,6 +291,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a draft as target": ({"target": "draft"}, "error: FOLDER/draft: holds a DFlash draft, not a target"),
     "draft tokens beyond the block": ({"draft": "draft", "draft-tokens": 4}, "error: draft_tokens is 4"),
     "draft tokens without a draft": ({"draft-tokens": 2}, "error: draft_tokens is 2, but there is no draft"),
+    "a tree without a draft": ({"tree-nodes": 9}, "error: tree_nodes is 9, but there is no draft"),
+    "a tree too small for its drafts": ({"draft": "draft", "tree-nodes": 2}, "error: tree_nodes is 2; give 3"),
     "no new tokens": ({"max-new-tokens": 0}, "max_new_tokens is 0; give at least 1"),
     "no width": ({"draft": "draft", "draft-tokens": "all"}, "--draft-tokens is 'all'; give a number or auto"),
     "a width without a draft": ({"draft-tokens": "auto"}, "draft_tokens is auto, but there is no draft"),

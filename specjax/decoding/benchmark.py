@@ -228,7 +228,7 @@ def _draft_step(draft_tokens: int) -> Step:
     """A draft and the context's keys and values of a block's worth of taps."""
 
     def step(target: Decoder, drafter: Drafter, state: DecodeState) -> DecodeState:
-        logits = drafter.draft(state.drafter, target, state.tokens[:, 0], state.length, draft_tokens)
+        logits = drafter.draft_logits(state.drafter, target, state.tokens[:, 0], state.length, draft_tokens)
         drafts = propose(logits, state.length, None, rule="match", draft_choice="argmax")
         rows, width = state.tokens.shape[0], len(drafter.tap_ids) * target.config.hidden_size
         positions = state.length[:, None] + jnp.arange(draft_tokens + 1, dtype=jnp.int32)

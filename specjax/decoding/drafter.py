@@ -32,10 +32,10 @@ class Drafter(Protocol):
         """Takes in the target's taps of tokens at `positions_bt`; a slot outside the capacity is not stored.
 
         The taps are None if `tap_ids` is empty. Taps of rejected tokens come too; those of the next round replace
-        them, and `draft` may not look past the row's length.
+        them, and `draft_logits` may not look past the row's length.
         """
 
-    def draft(
+    def draft_logits(
         self, state: Any, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
     ) -> jax.Array:
         """Logits [b, draft_tokens, v], float32, of the tokens at positions length + 1, ...
@@ -74,7 +74,7 @@ class DFlashDrafter:
             state = state.write(layer, keys, values, slots_bt)
         return state
 
-    def draft(
+    def draft_logits(
         self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
     ) -> jax.Array:
         """Context is strictly before the last token, whose own hidden state the target has not computed yet."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -26,10 +25,11 @@ from specjax.decoding.inputs import (
     check_models,
     check_sampling,
     check_seeds,
+    check_tree,
     integers,
     per_prompt,
 )
-from specjax.decoding.loop import TAPS_BUFFER, DecodeState, Limits, decode
+from specjax.decoding.loop import PLAIN, TAPS_BUFFER, DecodeState, Drafting, Limits, decode
 from specjax.decoding.text import StopStrings
 from specjax.errors import InputError
 from specjax.fetch import fetch
@@ -75,6 +75,7 @@ def generate(
     *,
     rule: str = "match",
     draft_choice: str = "argmax",
+    tree_nodes: int | None = None,
     samples: int = 1,
     logit_mask: npt.ArrayLike | None = None,
     stop_strings: Sequence[str] = (),
@@ -84,7 +85,8 @@ def generate(
 
     max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. stop_strings: an answer ends with the token
     that completes one of them in the text of `tokenizer`. draft_tokens: drafts verified a round, at most block size - 1
-    (the default), or an `AutoWidth`, which chooses. logit_mask: booleans [vocab_size] or [prompts, vocab_size], true
+    (the default), or an `AutoWidth`, which chooses. tree_nodes: verify a tree of so many drafts a round, `draft_tokens`
+    deep, by `match`. logit_mask: booleans [vocab_size] or [prompts, vocab_size], true
     where a token may come.
 
     temperature: 0 is greedy; above, tokens are drawn from the target's softmax after mask, temperature, top_k and
@@ -112,6 +114,7 @@ def generate(
         seed,
         rule=rule,
         draft_choice=draft_choice,
+        tree_nodes=tree_nodes,
         samples=samples,
         logit_mask=logit_mask,
         stop_strings=stop_strings,
@@ -142,6 +145,7 @@ class Stream:
         *,
         rule: str = "match",
         draft_choice: str = "argmax",
+        tree_nodes: int | None = None,
         samples: int = 1,
         logit_mask: npt.ArrayLike | None = None,
         stop_strings: Sequence[str] = (),
@@ -152,6 +156,7 @@ class Stream:
         self._drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
         check_models(target, self._drafter)
         self._width = check_draft_tokens(self._drafter, draft_tokens)
+        check_tree(target, self._width, tree_nodes, rule, draft_choice)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
         seeds = check_seeds(len(rows), samples, seed)
@@ -163,7 +168,7 @@ class Stream:
         self._target = target
         self._flat = Flat.of(target), Flat.of(self._drafter)
         self._rounds_a_step = rounds_a_step
-        self._decode = partial(decode, rule=rule, draft_choice=draft_choice)
+        self._drafting = Drafting(0, tree_nodes or 0, rule, draft_choice)
         self._progress: _Progress | None = None
         self._round = 0
         self._widths: list[int] = []  # of every round of the loop
@@ -246,7 +251,8 @@ class Stream:
     def _run(self, state: DecodeState, batch: Batch, width: int, until: int) -> DecodeState:
         limit = put(np.int32(min(until, NEVER)), P())
         arguments = *self._flat, state, batch.limits, batch.sampling, limit
-        return jax.block_until_ready(self._decode(*arguments, draft_tokens=width))
+        drafting = replace(self._drafting, draft_tokens=width) if width else PLAIN
+        return jax.block_until_ready(decode(*arguments, drafting=drafting))
 
     def _look(self) -> None:
         """Copies what there is to the host, and ends rows that have a stop string."""

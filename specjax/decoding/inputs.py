@@ -16,6 +16,7 @@ from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import target_mismatches
 
+MOST_TREE_NODES = 1024  # every node sees the others through a mask of nodes^2
 LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
@@ -171,3 +172,24 @@ def check_draft_tokens(drafter: Drafter | None, draft_tokens: int | AutoWidth | 
     if not 1 <= width <= most:
         raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {most}")
     return width
+
+
+def check_tree(
+    target: Decoder, draft_tokens: int | AutoWidth, tree_nodes: int | None, rule: str, draft_choice: str
+) -> None:
+    """Raises InputError for a tree that cannot hold a round's drafts, has no size, or is not verified by `match`."""
+    if tree_nodes is None:
+        return
+    if not draft_tokens:
+        raise InputError(f"tree_nodes is {tree_nodes}, but there is no draft; give one or leave it out")
+    if isinstance(draft_tokens, AutoWidth):
+        raise InputError(f"tree_nodes is {tree_nodes}, but draft_tokens is auto; give one of the two")
+    for name, given, needed in (("rule", rule, "match"), ("draft_choice", draft_choice, "argmax")):
+        if given != needed:
+            raise InputError(f"{name} is {given}, but a tree needs {needed}; leave {name} or tree_nodes out")
+    most = min(MOST_TREE_NODES, target.config.vocab_size)
+    if not isinstance(tree_nodes, Integral) or not draft_tokens <= tree_nodes <= most:
+        raise InputError(
+            f"tree_nodes is {tree_nodes!r}; give {draft_tokens} (the drafts of a round, which it holds) to {most}, "
+            "or lower draft_tokens"
+        )

@@ -9,14 +9,14 @@ A row's tokens are committed up to its `length`; the token at `length` (the bonu
 The drafts that equal the target's choices are kept, and the choice after the last kept one is the next bonus token
 (other rules: `verify`). Autoregressive decoding is the same loop with no drafts (n = 0), so baseline and speculation
 share every line. Caches are never rolled back: entries of rejected tokens are overwritten by the next round before any
-query can see them.
+query can see them. The drafts may also be a tree, which continues the tokens in several ways: see `tree`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,9 @@ import jax.numpy as jnp
 from specjax.decoding.drafter import Drafter
 from specjax.decoding.flat import Flat, whole
 from specjax.decoding.sampling import Sampling, choose
-from specjax.decoding.verify import propose, verify
+from specjax.decoding.target_pass import Verified, verify_chain, verify_tree
+from specjax.decoding.tree import draft_tree
+from specjax.decoding.verify import propose
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS
@@ -130,12 +132,21 @@ def prefill(
     return _commit(state, limits, first, jnp.zeros_like(state.length))
 
 
-class _Pass(NamedTuple):
-    """What the target's pass over a block of t tokens gives the drafter."""
+@dataclass(frozen=True)
+class Drafting:
+    """What a round drafts, and how it is verified; static.
 
-    taps_btm: jax.Array | None
-    positions_bt: jax.Array
-    slots_bt: jax.Array
+    draft_tokens: the length of the chain, or the depth of the tree; 0 decodes autoregressively. tree_nodes: drafts of a
+    tree; 0: a chain. rule, draft_choice: see `verify`; a tree is verified by `match`.
+    """
+
+    draft_tokens: int
+    tree_nodes: int = 0
+    rule: str = "match"
+    draft_choice: str = "argmax"
+
+
+PLAIN = Drafting(0)
 
 
 def decode_round(
@@ -145,19 +156,16 @@ def decode_round(
     limits: Limits,
     sampling: Sampling | None = None,
     *,
-    draft_tokens: int,
-    rule: str = "match",
-    draft_choice: str = "argmax",
+    drafting: Drafting,
 ) -> DecodeState:
-    """One round: draft, verify the `draft_tokens` proposals in one target pass, commit what was kept plus one.
+    """One round: draft, verify the drafts in one target pass, commit what was kept plus one."""
+    state, verified = _round(target, drafter, state, limits, sampling, drafting)
+    if drafter is None:
+        return state
+    return replace(state, drafter=drafter.observe(state.drafter, verified.taps, verified.positions, verified.slots))
 
-    draft_tokens 0 (or no drafter) decodes one token autoregressively. rule, draft_choice: see `verify`.
-    """
-    state, block = _round(target, drafter, state, limits, sampling, draft_tokens, rule, draft_choice)
-    return state if drafter is None else replace(state, drafter=drafter.observe(state.drafter, *block))
 
-
-@partial(jax.jit, static_argnames=("draft_tokens", "rule", "draft_choice"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("drafting",), donate_argnames=("state",))
 def decode(
     target: Decoder | Flat[Decoder],
     drafter: Drafter | Flat[Drafter | None] | None,
@@ -166,15 +174,12 @@ def decode(
     sampling: Sampling | None = None,
     until: jax.Array | None = None,
     *,
-    draft_tokens: int,
-    rule: str = "match",
-    draft_choice: str = "argmax",
+    drafting: Drafting,
 ) -> DecodeState:
     """Rounds until every row is done or `until` (int32 scalar) rounds were run since the prefill. `state` is donated.
 
-    With a drafter and no `draft_tokens` the drafter still takes in every token, many at a time.
+    With a drafter and no drafts the drafter still takes in every token, many at a time.
     """
-
     target, drafter = whole(target), whole(drafter)
 
     def unfinished(state: DecodeState, until: jax.Array | None = until) -> jax.Array:
@@ -182,9 +187,7 @@ def decode(
         return going if until is None else going & (state.round < until)
 
     def round_of_drafts(state: DecodeState) -> DecodeState:
-        return decode_round(
-            target, drafter, state, limits, sampling, draft_tokens=draft_tokens, rule=rule, draft_choice=draft_choice
-        )
+        return decode_round(target, drafter, state, limits, sampling, drafting=drafting)
 
     def plain_rounds(state: DecodeState) -> DecodeState:
         assert drafter is not None
@@ -194,9 +197,9 @@ def decode(
         def plain_round(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
             state, taps = carry
             index = state.round - first
-            state, block = _round(target, drafter, state, limits, sampling, 0, rule, draft_choice)
-            assert block.taps_btm is not None
-            return state, jax.lax.dynamic_update_slice_in_dim(taps, block.taps_btm, index, axis=1)
+            state, verified = _round(target, drafter, state, limits, sampling, drafting)
+            assert verified.taps is not None
+            return state, jax.lax.dynamic_update_slice_in_dim(taps, verified.taps, index, axis=1)
 
         width = len(drafter.tap_ids) * target.config.hidden_size
         taps = jnp.zeros((len(start), TAPS_BUFFER, width), target.dtype, out_sharding=SPECS.act_btd)
@@ -205,7 +208,7 @@ def decode(
         slots = jnp.where(positions < state.length[:, None], positions, state.tokens.shape[1])
         return replace(state, drafter=drafter.observe(state.drafter, taps, positions, slots))
 
-    deferred = drafter is not None and not draft_tokens and bool(drafter.tap_ids)
+    deferred = drafter is not None and not drafting.draft_tokens and bool(drafter.tap_ids)
     return jax.lax.while_loop(unfinished, plain_rounds if deferred else round_of_drafts, state)
 
 
@@ -215,30 +218,29 @@ def _round(
     state: DecodeState,
     limits: Limits,
     sampling: Sampling | None,
-    draft_tokens: int,
-    rule: str,
-    draft_choice: str,
-) -> tuple[DecodeState, _Pass]:
+    drafting: Drafting,
+) -> tuple[DecodeState, Verified]:
     """A round that the drafter has not taken in yet."""
-    block, draft_logits = _token_at(state.tokens, state.length)[:, None], None
-    if drafter is not None and draft_tokens:
-        logits = drafter.draft(state.drafter, target, block[:, 0], state.length, draft_tokens)
-        drafts = propose(logits, state.length, sampling, rule=rule, draft_choice=draft_choice)
-        draft_logits = logits if draft_choice == "sample" else None
-        block = jnp.concatenate([block, drafts], axis=1)
-    positions = _positions(state.length, block.shape[1])
-    slots = jnp.where(state.done[:, None], state.tokens.shape[1], positions)
+    known, length, done = _token_at(state.tokens, state.length), state.length, state.done
     tap_ids = drafter.tap_ids if drafter is not None else ()
-    output = target(block, positions, cache=state.cache, slots_bt=slots, tap_ids=tap_ids)
-    assert output.cache is not None
-    tokens, matched = verify(
-        target.logits(output.hidden), block[:, 1:], draft_logits, state.length, sampling, rule=rule
-    )
-    advanced = jnp.where(state.done, 0, matched + 1)
+    block, logits = known[:, None], None
+    if drafter is not None and drafting.draft_tokens:
+        logits = drafter.draft_logits(state.drafter, target, known, length, drafting.draft_tokens)
+    if logits is not None and drafting.tree_nodes:
+        tree = draft_tree(known, logits, drafting.tree_nodes)
+        verified = verify_tree(target, tap_ids, tree, length, done, state.cache, sampling)
+    else:
+        if logits is not None:
+            rule, choice = drafting.rule, drafting.draft_choice
+            drafts = propose(logits, length, sampling, rule=rule, draft_choice=choice)
+            block = jnp.concatenate([block, drafts], axis=1)
+        law = logits if drafting.draft_choice == "sample" else None
+        verified = verify_chain(target, tap_ids, block, law, length, done, state.cache, sampling, drafting.rule)
+    advanced = jnp.where(done, 0, verified.matched + 1)
     rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
-    finite = state.finite & (state.done | jnp.isfinite(output.hidden).all(axis=(1, 2)))
-    state = replace(state, cache=output.cache, rounds=rounds, round=state.round + 1, finite=finite)
-    return _commit(state, limits, tokens, matched), _Pass(output.taps, positions, slots)
+    finite = state.finite & (done | verified.finite)
+    state = replace(state, cache=verified.cache, rounds=rounds, round=state.round + 1, finite=finite)
+    return _commit(state, limits, verified.tokens, verified.matched), verified
 
 
 def _commit(state: DecodeState, limits: Limits, new_bt: jax.Array, matched: jax.Array) -> DecodeState:

@@ -7,12 +7,14 @@ and block-diffusion attention are all lists of segments:
     decoding            [cache,               start = 0 or window start,         stop = own slot + 1]
     DFlash draft        [context of the row,  start = document or window start,  stop = anchor       ]
                         [keys of own block,   start = 0,                         stop = block size   ]
+    tree of drafts      [cache,               start = 0 or window start,         stop = root's slot  ]
+                        [keys of the nodes,   mask = the node and those above it, in the window      ]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import jax
@@ -34,12 +36,14 @@ class KeySegment:
 
     keys, values: [b, k, s, h], seen by all blocks of a row, or [b, N, k, j, h], a block's own.
     start, stop: [b, N, q] int32; key index i is visible iff start <= i < stop.
+    mask: [b, N, q, j] bool, a block's own keys only: which of the range's keys are visible; None: all.
     """
 
     keys: jax.Array
     values: jax.Array
     start: jax.Array
     stop: jax.Array
+    mask: jax.Array | None = None
 
     @property
     def own(self) -> bool:
@@ -60,7 +64,12 @@ def attention(
     of the chunk's queries sees in any row: scores of one chunk and one tile exist at once, and keys outside are never
     read. Blocks' own keys are taken all at once. Rows are split over the batch axes and heads over `tensor`; with fewer
     key/value heads than tensor shards every shard holds them all and picks its own.
+
+    Raises:
+        ValueError: a segment of shared keys has a mask.
     """
+    if any(segment.mask is not None and not segment.own for segment in segments):
+        raise ValueError("shared keys are seen by range; a mask needs a block's own keys [b, N, k, j, h]")
     num_kv_heads = segments[0].keys.shape[-3]
     split_kv = num_kv_heads % axis_size("tensor") == 0
     groups = queries_bNqnh.shape[3] // num_kv_heads
@@ -70,7 +79,8 @@ def attention(
             keys = SPECS.own_keys_bNkjh if split_kv else SPECS.shared_own_keys_bNkjh
         else:
             keys = SPECS.keys_bksh if split_kv else SPECS.shared_keys_bksh
-        return KeySegment(keys, keys, SPECS.act_bNB, SPECS.act_bNB)  # type: ignore[arg-type]
+        mask = None if segment.mask is None else SPECS.mask_bNqj
+        return KeySegment(keys, keys, SPECS.act_bNB, SPECS.act_bNB, mask)  # type: ignore[arg-type]
 
     def local(queries: jax.Array, segments: tuple[KeySegment, ...]) -> jax.Array:
         if not split_kv:
@@ -87,7 +97,7 @@ def attention(
 def _pick_heads(segment: KeySegment, heads: jax.Array) -> KeySegment:
     axis = segment.keys.ndim - 3
     keys, values = (jnp.take(x, heads, axis=axis) for x in (segment.keys, segment.values))
-    return KeySegment(keys, values, segment.start, segment.stop)
+    return replace(segment, keys=keys, values=values)
 
 
 def _attention(queries: jax.Array, segments: Sequence[KeySegment], scale: float, query_chunk: int) -> jax.Array:
@@ -177,4 +187,7 @@ def _visible(segment: KeySegment, groups: int) -> jax.Array:
     """[b, 1, keys, N, r], every query repeated for its group."""
     index = jnp.arange(segment.keys.shape[-2])[:, None, None]
     start, stop = (jnp.repeat(x, groups, axis=2)[:, None, None] for x in (segment.start, segment.stop))
-    return (start <= index) & (index < stop)
+    visible = (start <= index) & (index < stop)
+    if segment.mask is None:
+        return visible
+    return visible & jnp.repeat(segment.mask, groups, axis=2).transpose(0, 3, 1, 2)[:, None]

@@ -109,7 +109,10 @@ def check_layer_types(layer_types: tuple[str, ...], num_layers: int, sliding_win
 
 
 class DecoderOutput(NamedTuple):
-    """hidden: [b, t, d] after the final norm; taps: [b, t, m], the tapped layers' outputs side by side."""
+    """hidden: [b, t, d] after the final norm; taps: [b, t, m], the tapped layers' outputs side by side.
+
+    cache: the one given, with the tokens written to it; of a tree the nodes' own keys and values, slot i being node i.
+    """
 
     hidden: jax.Array
     taps: jax.Array | None
@@ -222,6 +225,7 @@ class Decoder(nnx.Module):
         document_start_bt: jax.Array | None = None,
         cache: KVCache | None = None,
         slots_bt: jax.Array | None = None,
+        tree_btt: jax.Array | None = None,
         tap_ids: tuple[int, ...] = (),
         remat: bool = False,
         query_chunk: int = DEFAULT_QUERY_CHUNK,
@@ -233,9 +237,16 @@ class Decoder(nnx.Module):
         `slots_bt` (default: the positions; a slot outside the cache is not written) and a query at position p sees
         the cache's slots up to p. `remat` recomputes each layer in the backward pass.
 
+        With a cache and `tree_btt` [b, t, t] bool, the tokens are the nodes of a tree that continues the cached ones:
+        node 0 is the root, a node's position is the root's plus its depth, and node i sees the slots before the root
+        and, window permitting, the nodes j with tree[i, j], which are itself and those above it. Nothing is written.
+
         Raises:
-            ValueError: a cache is given to a bidirectional decoder, which would see its unwritten slots.
+            ValueError: a cache is given to a bidirectional decoder, which would see its unwritten slots; a tree
+                without a cache, or with slots.
         """
+        if tree_btt is not None and (cache is None or slots_bt is not None):
+            raise ValueError("a tree continues cached tokens and writes none: give it a cache and no slots")
         if cache is not None and not self.config.causal:
             raise ValueError(
                 "a bidirectional decoder (causal=False) sees the whole row at once: call it without a cache"
@@ -256,7 +267,7 @@ class Decoder(nnx.Module):
         for i, layer in enumerate(self.layers):
             start, stop = self._visible(i, document_start_bt, query_slots, t if cache is None else cache.capacity)
             step = _layer_step if not remat else jax.checkpoint(_layer_step, static_argnums=(6, 8))
-            x, cache = step(layer, x, rotary, start, stop, cache, i, slots_bt, query_chunk)
+            x, cache = step(layer, x, rotary, start, stop, cache, i, slots_bt, query_chunk, tree_btt)
             if i in tap_ids:
                 taps[i] = x
         concatenated = jnp.concatenate([taps[i] for i in tap_ids], axis=-1) if tap_ids else None
@@ -301,15 +312,27 @@ def _layer_step(
     index: int,
     slots_bt: jax.Array,
     query_chunk: int,
+    tree_btt: jax.Array | None,
 ) -> tuple[jax.Array, KVCache | None]:
-    """One layer: writes its keys to the cache (if any), attends, applies the MLP."""
+    """One layer: writes its keys to the cache (if any), or keeps those of a tree apart; attends, applies the MLP."""
     attn = layer.self_attn
     normed = layer.input_layernorm(x_btd)
     queries = attn.queries(normed, rotary)
     keys, values = attn.keys_values(normed, rotary)
-    if cache is not None:
-        cache = cache.write(index, keys, values, slots_bt)
-        keys, values = cache.keys[index], cache.values[index]
-    segment = KeySegment(keys, values, start_bt[:, None], stop_bt[:, None])
-    attended = attention(queries[:, None], [segment], scale=attn.head_dim**-0.5, query_chunk=query_chunk)
+    start, stop = start_bt[:, None], stop_bt[:, None]
+    if tree_btt is not None:
+        assert cache is not None
+        root = jnp.broadcast_to(slots_bt[:, None, :1], start.shape)
+        nodes = tree_btt & (start_bt[:, :, None] <= slots_bt[:, None, :])
+        segments = [
+            KeySegment(cache.keys[index], cache.values[index], start, root),
+            KeySegment(keys[:, None], values[:, None], 0 * start, 0 * start + keys.shape[2], nodes[:, None]),
+        ]
+        cache = cache.replace(index, keys, values)
+    else:
+        if cache is not None:
+            cache = cache.write(index, keys, values, slots_bt)
+            keys, values = cache.keys[index], cache.values[index]
+        segments = [KeySegment(keys, values, start, stop)]
+    attended = attention(queries[:, None], segments, scale=attn.head_dim**-0.5, query_chunk=query_chunk)
     return layer.residual(x_btd, attended[:, 0]), cache

@@ -46,9 +46,12 @@ class KVCache:
 
     def write(self, layer: int, keys: jax.Array, values: jax.Array, slots: jax.Array) -> KVCache:
         """Stores keys and values [b, k, t, h] at `slots` [b, t]; a slot outside the capacity is not written."""
+        return self.replace(layer, _scatter(self.keys[layer], keys, slots), _scatter(self.values[layer], values, slots))
+
+    def replace(self, layer: int, keys: jax.Array, values: jax.Array) -> KVCache:
+        """The cache with these keys and values [b, k, t, h] as all that the layer has."""
         new_keys, new_values = list(self.keys), list(self.values)
-        new_keys[layer] = _scatter(self.keys[layer], keys, slots)
-        new_values[layer] = _scatter(self.values[layer], values, slots)
+        new_keys[layer], new_values[layer] = keys, values
         return KVCache(tuple(new_keys), tuple(new_values))
 
 

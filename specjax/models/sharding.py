@@ -2,7 +2,8 @@
 
 Every array of the package is laid out by a field of `Specs`; field names carry the dimension letters used
 throughout: b rows, t tokens, s key slots, d hidden, n query heads, k key/value heads, h head size, f MLP width,
-v vocabulary, N blocks of a row, B slots of a block, m concatenated taps, i inputs, o outputs.
+v vocabulary, N blocks of a row, B slots of a block, q queries and j own keys of one, m concatenated taps,
+i inputs, o outputs.
 """
 
 # ruff: noqa: N815, RUF009 (names carry dimension letters; a PartitionSpec is immutable)
@@ -49,6 +50,7 @@ class Specs:
     shared_keys_bksh: P = P(BATCH, None, None, None)
     own_keys_bNkjh: P = P(BATCH, None, "tensor", None, None)
     shared_own_keys_bNkjh: P = P(BATCH, None, None, None, None)
+    mask_bNqj: P = P(BATCH, None, None, None)
 
 
 SPECS = Specs()

@@ -13,12 +13,16 @@ from specjax.decoding import DFlashDrafter
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS, put
+from tests.decoding.trees import best_first, chain, follow
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Oracle:
-    """Proposes `table` [b, positions]: row r's token at every absolute position, right or wrong. Keeps no state."""
+    """Proposes `table`: row r's token at every absolute position, right or wrong. Keeps no state.
+
+    table: tokens [b, positions], or logits [b, positions, v].
+    """
 
     table: jax.Array
     block_size: int = field(metadata={"static": True})
@@ -33,14 +37,17 @@ class Oracle:
     def observe(self, state: None, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array) -> None:
         return None
 
-    def draft(
-        self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
-    ) -> jax.Array:
-        return jax.nn.one_hot(self.at(length_b, draft_tokens), target.config.vocab_size)
-
-    def at(self, length_b: jax.Array, draft_tokens: int) -> jax.Array:
+    def upcoming(self, length_b: jax.Array, draft_tokens: int) -> jax.Array:
+        """The table's entries for the proposals of a block."""
         positions = length_b[:, None] + 1 + jnp.arange(draft_tokens)
         return jax.vmap(lambda row, at: row[at])(self.table, positions)
+
+    def draft_logits(
+        self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
+    ) -> jax.Array:
+        upcoming = self.upcoming(length_b, draft_tokens)
+        logits = upcoming if upcoming.ndim == 3 else jax.nn.one_hot(upcoming, target.config.vocab_size)
+        return jax.reshard(logits, SPECS.act_btv)
 
 
 @jax.tree_util.register_dataclass
@@ -68,12 +75,13 @@ class Mixture:
     ) -> KVCache:
         return self.inner.observe(state, taps_btm, positions_bt, slots_bt)
 
-    def draft(
+    def draft_logits(
         self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
     ) -> jax.Array:
-        own = self.inner.draft(state, target, last_token_b, length_b, draft_tokens)
-        known = Oracle(self.known, self.block_size).at(length_b, draft_tokens)
-        return jnp.where(known[..., None], self.oracle.draft(None, target, last_token_b, length_b, draft_tokens), own)
+        arguments = target, last_token_b, length_b, draft_tokens
+        known = Oracle(self.known, self.block_size).upcoming(length_b, draft_tokens)
+        own = self.inner.draft_logits(state, *arguments)
+        return jnp.where(known[..., None], self.oracle.draft_logits(None, *arguments), own)
 
 
 def proposals(
@@ -93,8 +101,28 @@ def proposals(
     return np.where(wrong, (table + rng.integers(1, vocab_size, table.shape)) % vocab_size, table).astype(np.int32)
 
 
+def preferences(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    seed: int,
+    vocab_size: int,
+    rows: int | None = None,
+) -> np.ndarray:
+    """An oracle's logits [rows, positions, v]: the answer's token is the best, the second or a later choice."""
+    rng = np.random.default_rng(seed)
+    table = proposals(prompts, answers, 0.0, seed, vocab_size, rows)
+    logits = rng.standard_normal((*table.shape, vocab_size)).astype(np.float32)
+    logits *= rng.choice([1.0, 3.0, 6.0], table.shape)[..., None].astype(np.float32)
+    rank = rng.choice([0, 1, 2, 4, 20], table.shape, p=[0.5, 0.2, 0.15, 0.1, 0.05])[..., None]
+    right, there = table[..., None], np.take_along_axis(np.argsort(-logits, axis=-1), rank, axis=-1)
+    swapped = np.take_along_axis(logits, there, -1), np.take_along_axis(logits, right, -1)
+    np.put_along_axis(logits, right, swapped[0], -1)
+    np.put_along_axis(logits, there, swapped[1], -1)
+    return logits
+
+
 def oracle(table: np.ndarray, block_size: int) -> Oracle:
-    return Oracle(put(table, SPECS.act_bt), block_size)
+    return Oracle(put(table, SPECS.act_bt if table.ndim == 2 else SPECS.act_btd), block_size)
 
 
 def simulate(
@@ -104,14 +132,15 @@ def simulate(
     draft_tokens: int,
     max_new_tokens: int,
     stops: Sequence[int],
+    tree_nodes: int = 0,
 ) -> tuple[list[int], list[int]]:
     """New tokens and rounds of one row; `answer` goes on past every limit, `table` is the row's proposals."""
     tokens, rounds = [answer[0]], []
     while tokens[-1] not in stops and len(tokens) < max_new_tokens:
         drafted = table[prompt_length + len(tokens) :][:draft_tokens]
-        matched = 0
-        while matched < draft_tokens and drafted[matched] == answer[len(tokens) + matched]:
-            matched += 1
+        upcoming = answer[len(tokens) :][:draft_tokens]
+        paths = best_first(drafted, tree_nodes) if tree_nodes else chain(drafted.tolist())
+        matched = follow(paths, upcoming)
         rounds.append(matched + 1)
         for token in answer[len(tokens) : len(tokens) + matched + 1]:
             if tokens[-1] not in stops and len(tokens) < max_new_tokens:

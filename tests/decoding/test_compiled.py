@@ -12,9 +12,9 @@ import pytest
 from specjax import fetch
 from specjax.decoding import DFlashDrafter, generate
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import decode, prefill
+from specjax.decoding.loop import PLAIN, Drafting, decode, prefill
 from specjax.models.decoder import Decoder
-from specjax.models.sharding import mesh_scope
+from specjax.models.sharding import make_mesh, mesh_scope
 from tests.decoding.tiny import FULL, SLIDING, TARGET, random_draft, random_target
 
 DraftedBatch = tuple[Decoder, DFlashDrafter, Batch]
@@ -82,12 +82,13 @@ def test_the_state_is_donated(drafted_batch: DraftedBatch) -> None:
     target, drafter, batch = drafted_batch
     with mesh_scope():
         state = batch.prefill(target, drafter)
-        result = decode(target, drafter, state, batch.limits, draft_tokens=7)
+        result = decode(target, drafter, state, batch.limits, drafting=Drafting(7))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((result, target, drafter, batch.limits)))
 
 
-def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: DraftedBatch) -> None:
+@pytest.mark.parametrize("tree_nodes", [0, 24])
+def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: DraftedBatch, tree_nodes: int) -> None:
     target, drafter, batch = drafted_batch
     with mesh_scope():
         state = batch.prefill(target, drafter)
@@ -95,7 +96,7 @@ def test_the_program_calls_nothing_back_and_copies_no_cache(drafted_batch: Draft
         prefill_arguments = target, drafter, batch.prompts, batch.prompt_length, batch.limits
         lowered = (
             prefill.lower(*prefill_arguments, capacity=batch.capacity, max_rounds=batch.max_rounds, chunk=64),
-            decode.lower(target, drafter, state, batch.limits, draft_tokens=7),
+            decode.lower(target, drafter, state, batch.limits, drafting=Drafting(7, tree_nodes)),
         )
         programs = [program.compile() for program in lowered]
     for program in programs:
@@ -116,6 +117,24 @@ def test_the_baseline_of_one_row_copies_no_cache() -> None:
         target = random_target(0)
         batch = Batch.build(target, [[1, 2, 3]], [40], [[]], 1)
         state = batch.prefill(target, None)
-        text = decode.lower(target, None, state, batch.limits, draft_tokens=0).compile().as_text()
+        text = decode.lower(target, None, state, batch.limits, drafting=PLAIN).compile().as_text()
     shape = ",".join(map(str, state.cache.keys[0].shape))
     assert not re.search(rf"f32\[{shape}\]\S* copy\(", text)
+
+
+def test_a_tree_sends_only_the_likeliest_tokens_of_every_vocabulary_shard() -> None:
+    """And gathers nothing else that a chain does not: neither rows, nor logits, nor keys."""
+    kinds = "all-gather|all-to-all|collective-permute"
+
+    def gathered(tree_nodes: int) -> set[str]:
+        compiled = decode.lower(target, drafter, state, batch.limits, drafting=Drafting(3, tree_nodes)).compile()
+        return set(re.findall(rf"= (\w+\[[\d,]*\])\S* (?:{kinds})\(", compiled.as_text()))
+
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
+        batch = Batch.build(target, [[1, 2, 3]] * 4, [40] * 4, [[]] * 4, drafter.block_size)
+        state = batch.prefill(target, drafter)
+        chain, tree = gathered(0), gathered(9)
+    likeliest = {f"{kind}[1,3,{2 * 7}]" for kind in ("f32", "s32")}  # of 3 slots and 2 shards, 9 - 3 + 1 each
+    choices = {f"{kind}[1,10,2]" for kind in ("f32", "s32")}  # the argmax of 10 nodes
+    assert tree - chain == likeliest | choices

@@ -11,11 +11,11 @@ import pytest
 
 from specjax.decoding import DFlashDrafter
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import DecodeState, decode_round
+from specjax.decoding.loop import DecodeState, Drafting, decode_round
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import SPECS, mesh_scope, put
-from tests.decoding.oracle import Mixture, oracle, proposals
+from tests.decoding.oracle import Mixture, oracle, preferences, proposals
 from tests.decoding.tiny import DRAFTS, TARGET, Cases, is_tie, random_draft
 
 LIMITS = (50, 9, 1)
@@ -33,16 +33,19 @@ class Rounds(NamedTuple):
 @jax.jit
 def propose(target: Decoder, drafter: DFlashDrafter, state: DecodeState) -> jax.Array:
     last = jax.vmap(lambda row, i: row[i])(state.tokens, state.length)
-    return drafter.draft(state.drafter, target, last, state.length, drafter.block_size - 1).argmax(-1)
+    logits = drafter.draft_logits(state.drafter, target, last, state.length, drafter.block_size - 1)
+    return jnp.argmax(logits, axis=-1)
 
 
 def row_buffers(state: DecodeState, row: int) -> list[np.ndarray]:
     return [np.asarray(x)[row] for x in jax.tree.leaves((state.tokens, state.cache, state.drafter))]
 
 
-def decode_by_hand(target: Decoder, drafter: Mixture, prompts: list[list[int]], draft_tokens: int) -> Rounds:
+def decode_by_hand(
+    target: Decoder, drafter: Mixture, prompts: list[list[int]], draft_tokens: int, tree_nodes: int
+) -> Rounds:
     """The loop's rounds one by one; a finished row's buffers must never change."""
-    step = jax.jit(decode_round, static_argnames="draft_tokens")
+    step = jax.jit(decode_round, static_argnames="drafting")
     batch = Batch.build(target, prompts, LIMITS, [[]] * len(prompts), drafter.block_size)
     state = batch.prefill(target, drafter)
     result = Rounds([[] for _ in prompts], [[] for _ in prompts], np.zeros(0), np.zeros(0))
@@ -58,7 +61,7 @@ def decode_by_hand(target: Decoder, drafter: Mixture, prompts: list[list[int]], 
         for row in np.flatnonzero(~np.asarray(state.done)):
             result.anchors[row].append(int(state.length[row]))
             result.proposals[row].append(proposed[row])
-        state = step(target, drafter, state, batch.limits, draft_tokens=draft_tokens)
+        state = step(target, drafter, state, batch.limits, drafting=Drafting(draft_tokens, tree_nodes))
 
 
 @jax.jit
@@ -77,17 +80,23 @@ def training_logits(target: Decoder, draft: DFlashDraft, tokens_bt: jax.Array, a
     return logits.reshape(*hidden.shape[:3], -1)
 
 
-@pytest.mark.parametrize(("kind", "draft_tokens"), [("full", 3), ("sliding", 5)])
-def test_proposals_are_those_of_the_training_forward(case: Cases, kind: str, draft_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "draft_tokens", "tree_nodes"), [("full", 3, 0), ("sliding", 5, 0), ("full", 3, 9), ("sliding", 5, 20)]
+)
+def test_proposals_are_those_of_the_training_forward(
+    case: Cases, kind: str, draft_tokens: int, tree_nodes: int
+) -> None:
     """Over rounds of many acceptance lengths: an oracle replaces some of the proposals that are verified."""
     config = DRAFTS[kind]
     target, prompts, answers = case(0, 3)
     draft = random_draft(0, config)
     table = proposals(prompts, answers, 0.0, 0, TARGET.vocab_size)
+    if tree_nodes:  # whose accepted paths shall not be chains
+        table = preferences(prompts, answers, 0, TARGET.vocab_size)
     with mesh_scope():
-        known = put(np.random.default_rng(1).random(table.shape) < 0.7, SPECS.act_bt)
+        known = put(np.random.default_rng(1).random(table.shape[:2]) < (1 if tree_nodes else 0.7), SPECS.act_bt)
         drafter = Mixture(DFlashDrafter(draft), oracle(table, config.block_size), known)
-        result = decode_by_hand(target, drafter, prompts, draft_tokens)
+        result = decode_by_hand(target, drafter, prompts, draft_tokens, tree_nodes)
         for row, (prompt, answer, limit) in enumerate(zip(prompts, answers, LIMITS, strict=True)):
             assert result.tokens[row, : len(prompt) + limit].tolist() == prompt + answer[:limit]
         assert len(set(result.rounds[result.rounds > 0])) >= 4  # accepted and rejected in many ways

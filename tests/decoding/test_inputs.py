@@ -92,6 +92,8 @@ def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs
         ([PROMPT], {"stop_strings": "end", "tokenizer": object()}, "stop_strings is 'end'; give a list of strings"),
         ([PROMPT], {"stop_strings": ["a", ""], "tokenizer": object()}, "stop_strings holds ''; give strings of at"),
         ([PROMPT], {"stop_strings": ["a"]}, "stop_strings are text, but there is no tokenizer"),
+        ([PROMPT], {"tree_nodes": 9}, "tree_nodes is 9, but there is no draft; give one or leave it out"),
+        ([PROMPT], {"tree_nodes": 9, "rule": "block", "temperature": 1.0}, "tree_nodes is 9, but there is no draft"),
     ],
 )
 def test_a_bad_request_is_refused(
@@ -106,6 +108,29 @@ def test_draft_tokens_must_fit_the_block(
 ) -> None:
     message = f"draft_tokens is {draft_tokens}; this draft proposes 1 to 3"
     refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
+
+
+@pytest.mark.parametrize("tree_nodes", [0, 1, 97, 2.5])
+def test_a_tree_must_hold_the_drafts_of_a_round_and_have_a_size(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, tree_nodes: Any
+) -> None:
+    """At most a node for every token of the vocabulary."""
+    message = f"tree_nodes is {tree_nodes}; give 2 .the drafts of a round, which it holds. to 96, or lower draft_tokens"
+    refused(caplog, message, target, [PROMPT], draft, draft_tokens=2, tree_nodes=tree_nodes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "block", "temperature": 1.0}, "rule is block, but a tree needs match; leave rule or tree_nodes out"),
+        ({"draft_choice": "sample", "temperature": 1.0}, "draft_choice is sample, but a tree needs argmax"),
+        ({"draft_tokens": AutoWidth()}, "tree_nodes is 9, but draft_tokens is auto; give one of the two"),
+    ],
+)
+def test_what_a_tree_does_not_go_with(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, options: dict[str, Any], message: str
+) -> None:
+    refused(caplog, message, target, [PROMPT], draft, tree_nodes=9, **options)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from specjax.decoding import DFlashDrafter, generate
 from specjax.models.sharding import SPECS, make_mesh, put
 from specjax.weights import flat_params, with_params
-from tests.decoding.oracle import Mixture, oracle, proposals
+from tests.decoding.oracle import Mixture, oracle, preferences, proposals
 from tests.decoding.tiny import FULL, OWN_MASK, TARGET, Cases, assert_same_tokens, random_draft, random_target
 
 LIMITS = [40, 1, 24]
@@ -28,12 +30,16 @@ def test_three_prompts_decode_as_on_one_device(case: Cases, shape: tuple[int, in
         known = put(np.random.default_rng(1).random(table.shape) < 0.6, SPECS.act_bt)
         mixture = Mixture(DFlashDrafter(draft), oracle(table, FULL.block_size), known)
         plain = generate(target, prompts, None, LIMITS, stops)
-        drafted = generate(target, prompts, mixture, LIMITS, stops)
+        results = [generate(target, prompts, mixture, LIMITS, stops)]
+        ranked = oracle(preferences(prompts, answers, 0, TARGET.vocab_size, rows), FULL.block_size)
+        mixture = replace(mixture, oracle=ranked, known=known | True)
+        results.append(generate(target, prompts, mixture, LIMITS, stops, tree_nodes=24))
     assert_same_tokens(one_device, prompts, plain.tokens, expected)
-    assert_same_tokens(one_device, prompts, drafted.tokens, expected)
-    assert set(drafted.rounds[0]) == {1, 2, 3, 4}
-    assert drafted.rounds[1] == []
-    assert sum(drafted.rounds[2]) >= len(expected[2]) - 1
+    for drafted in results:
+        assert_same_tokens(one_device, prompts, drafted.tokens, expected)
+        assert {2, 3, 4} <= set(drafted.rounds[0]) <= {1, 2, 3, 4}
+        assert drafted.rounds[1] == []
+        assert sum(drafted.rounds[2]) >= len(expected[2]) - 1
 
 
 def test_ties_between_vocabulary_shards_go_to_the_lowest_id(case: Cases) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from specjax.decoding import DFlashDrafter, generate
 from specjax.models.sharding import SPECS, mesh_scope, put
-from tests.decoding.oracle import Mixture, oracle, proposals, simulate
+from tests.decoding.oracle import Mixture, oracle, preferences, proposals, simulate
 from tests.decoding.tiny import (
     DRAFTS,
     OTHER_TARGETS,
@@ -156,9 +156,15 @@ def test_random_drafts_that_are_often_right_change_no_token_of_other_targets(kin
     draft = random_draft(0, dataclasses.replace(SLIDING, block_size=6))
     with mesh_scope():
         known = put(rng.random(table.shape) < 0.6, SPECS.act_bt)
-        result = generate(target, prompts, Mixture(DFlashDrafter(draft), oracle(table, 6), known), limits, stops)
-    assert_same_tokens(target, prompts, result.tokens, [cut(*row) for row in zip(answers, limits, stops, strict=True)])
-    assert {1, 2, 3, 6} <= {r for rounds in result.rounds for r in rounds}
+        drafter = Mixture(DFlashDrafter(draft), oracle(table, 6), known)
+        results = [generate(target, prompts, drafter, limits, stops)]
+        ranked = oracle(preferences(prompts, answers, 0, TARGET.vocab_size), 6)
+        drafter = dataclasses.replace(drafter, oracle=ranked, known=known | True)
+        results.append(generate(target, prompts, drafter, limits, stops, tree_nodes=24))
+    for result in results:
+        expected = [cut(*row) for row in zip(answers, limits, stops, strict=True)]
+        assert_same_tokens(target, prompts, result.tokens, expected)
+        assert {1, 2, 3, 6} <= {r for rounds in result.rounds for r in rounds}
 
 
 def test_a_call_without_prompts_answers_nothing(case: Cases) -> None:

@@ -13,7 +13,7 @@ from specjax.decoding import auto_width as auto
 from specjax.decoding import batch as batches
 from specjax.decoding.auto_width import Choice, Step
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import TAPS_BUFFER, decode, decode_round
+from specjax.decoding.loop import PLAIN, TAPS_BUFFER, decode, decode_round
 from specjax.errors import InputError
 from specjax.models.sharding import SPECS, make_mesh, mesh_scope, put
 from specjax.weights.module_params import flat_params, with_params
@@ -139,11 +139,11 @@ def test_plain_rounds_keep_the_drafts_context(case: Cases) -> None:
     with mesh_scope():
         batch = Batch.build(target, prompts, [56, 9, 1], [[]] * 3, 4)
         state = batch.prefill(target, drafter)
-        step = jax.jit(lambda state: decode_round(target, drafter, state, batch.limits, draft_tokens=0))
+        step = jax.jit(lambda state: decode_round(target, drafter, state, batch.limits, drafting=PLAIN))
         for _ in range(count):
             state = step(state)
         together = batch.prefill(target, drafter)
-        together = decode(target, drafter, together, batch.limits, until=put(np.int32(count), jax.P()), draft_tokens=0)
+        together = decode(target, drafter, together, batch.limits, until=put(np.int32(count), jax.P()), drafting=PLAIN)
     np.testing.assert_array_equal(together.tokens, state.tokens)
     np.testing.assert_array_equal(together.rounds, state.rounds)
     for left, right in zip(jax.tree.leaves(together.drafter), jax.tree.leaves(state.drafter), strict=True):

@@ -116,7 +116,7 @@ class Fixed:
     def observe(self, state: None, *_: object) -> None:
         return None
 
-    def draft(
+    def draft_logits(
         self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
     ) -> jax.Array:
         at = length_b[:, None] + 1 + jnp.arange(draft_tokens)

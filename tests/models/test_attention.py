@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,11 +20,18 @@ ROWS, BLOCKS, QUERIES, CONTEXT, OWN, HEAD_DIM = 2, 5, 3, 17, 4, 8
 
 
 class Case(NamedTuple):
-    """Host arrays: the context's and the blocks' own keys, values and ranges, as `KeySegment` wants them."""
+    """Host arrays: the context's and the blocks' own keys, values and ranges, as `KeySegment` wants them.
+
+    mask: which of the range's own keys are seen.
+    """
 
     queries: np.ndarray
     shared: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
     own: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+    mask: np.ndarray | None = None
+
+    def masked(self, seed: int) -> Case:
+        return self._replace(mask=np.random.default_rng(seed).random((ROWS, BLOCKS, QUERIES, OWN)) < 0.5)
 
 
 def random_case(seed: int, heads: int = 4, kv_heads: int = 2) -> Case:
@@ -61,7 +69,8 @@ def reference(case: Case) -> tuple[np.ndarray, list[np.ndarray], torch.Tensor]:
     groups = q.shape[3] // ck.shape[1]
     ck, cv = (x.repeat_interleave(groups, 1)[:, None].expand(-1, BLOCKS, -1, -1, -1) for x in (ck, cv))
     keys, values = (torch.cat([c, o.repeat_interleave(groups, 2)], 3) for c, o in ((ck, ok), (cv, ov)))
-    mask = torch.cat([visible(CONTEXT, *case.shared[2:]), visible(OWN, *case.own[2:])], -1)
+    own = visible(OWN, *case.own[2:]) & torch.tensor(True if case.mask is None else case.mask)
+    mask = torch.cat([visible(CONTEXT, *case.shared[2:]), own], -1)
     scores = torch.einsum("bNqnh,bNnsh->bNnqs", q, keys) * SCALE
     weights = scores.masked_fill(~mask[:, :, None], -1e30).softmax(-1)
     out = torch.einsum("bNnqs,bNnsh->bNqnh", weights, values)
@@ -75,7 +84,9 @@ def on_mesh(case: Case) -> tuple[jax.Array, tuple[KeySegment, KeySegment]]:
     split = case.own[0].shape[2] % axis_size("tensor") == 0
     shared = tuple(put(x, SPECS.keys_bksh if split else SPECS.shared_keys_bksh) for x in case.shared[:2])
     own = tuple(put(x, SPECS.own_keys_bNkjh if split else SPECS.shared_own_keys_bNkjh) for x in case.own[:2])
-    return put(case.queries, SPECS.queries_bNqnh), (KeySegment(*shared, *ranges[0]), KeySegment(*own, *ranges[1]))
+    mask = None if case.mask is None else put(case.mask, SPECS.mask_bNqj)
+    segments = KeySegment(*shared, *ranges[0]), KeySegment(*own, *ranges[1], mask)
+    return put(case.queries, SPECS.queries_bNqnh), segments
 
 
 @partial(jax.jit, static_argnames="query_chunk")
@@ -84,9 +95,7 @@ def output_and_gradients(
 ) -> tuple[jax.Array, list[jax.Array]]:
     def loss(arrays: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
         queries, *kv = arrays
-        shared, own = (
-            KeySegment(kv[2 * i], kv[2 * i + 1], segment.start, segment.stop) for i, segment in enumerate(segments)
-        )
+        shared, own = (replace(segment, keys=kv[2 * i], values=kv[2 * i + 1]) for i, segment in enumerate(segments))
         out = attention(queries, [shared, own], scale=SCALE, query_chunk=query_chunk)
         return jnp.where(seen, jnp.sin(out), 0).sum(), out
 
@@ -110,13 +119,24 @@ def test_own_and_shared_segments_equal_a_dense_mask(seed: int, query_chunk: int)
     check(random_case(seed), query_chunk)
 
 
+@pytest.mark.parametrize("query_chunk", [1024, 6], ids=["whole", "chunked"])
+def test_a_mask_picks_from_the_range_of_own_keys(query_chunk: int) -> None:
+    check(random_case(0).masked(0), query_chunk)
+
+
+def test_a_mask_of_shared_keys_is_refused() -> None:
+    queries, (shared, own) = on_mesh(random_case(0).masked(0))
+    with pytest.raises(ValueError, match="shared keys are seen by range"):
+        attention(queries, [replace(shared, mask=own.mask)], scale=SCALE)
+
+
 @pytest.mark.parametrize(
     ("shape", "heads", "kv_heads"),
     [((1, 1, 8), 8, 2), ((1, 1, 8), 16, 1), ((1, 1, 2), 4, 2), ((2, 1, 4), 4, 2), ((1, 2, 1), 4, 2)],
 )
 def test_rows_and_heads_split_over_the_mesh(shape: tuple[int, int, int], heads: int, kv_heads: int) -> None:
     with jax.set_mesh(make_mesh(*shape)):
-        check(random_case(7, heads, kv_heads), query_chunk=6)
+        check(random_case(7, heads, kv_heads).masked(7), query_chunk=6)
 
 
 def test_one_long_block_is_split_along_its_queries() -> None:

@@ -101,6 +101,50 @@ def test_rejected_entries_are_overwritten_before_they_are_seen(
         np.testing.assert_allclose(hidden[:, :2], full[:, start : start + 2], rtol=0, atol=1e-5)
 
 
+@jax.jit
+def run_tree(
+    model: Decoder, cache: KVCache, tokens: jax.Array, positions: jax.Array, tree: jax.Array
+) -> tuple[jax.Array, KVCache]:
+    out = model(tokens, positions, cache=cache, tree_btt=tree)
+    assert out.cache is not None
+    return out.hidden, out.cache
+
+
+def test_nodes_of_a_tree_see_the_cache_and_what_is_above_them(model: Decoder) -> None:
+    """Against one pass over the prefix and the path to each node; some paths are longer than the window of 6."""
+    rng = np.random.default_rng(3)
+    nodes, lengths = 14, np.array([7, 2])
+    prefix = rng.integers(0, CONFIG.vocab_size, (2, 7))
+    _, cache = feed(model, empty(), prefix, np.tile(np.arange(7), (2, 1)))  # row 1: 5 slots of rejected tokens
+    tokens = rng.integers(0, CONFIG.vocab_size, (2, nodes))
+    parents = [[0] + [max(0, i - rng.integers(1, 3)) for i in range(1, nodes)] for _ in range(2)]
+    paths = [[[0]] for _ in range(2)]
+    for row in range(2):
+        for node in range(1, nodes):
+            paths[row].append([*paths[row][parents[row][node]], node])
+    positions = np.array([[n + len(path) - 1 for path in row] for n, row in zip(lengths, paths, strict=True)])
+    tree = np.array([[[j in path for j in range(nodes)] for path in row] for row in paths])
+    assert max(len(path) for row in paths for path in row) >= 8
+    arguments = (put(x.astype(np.int32), SPECS.act_bt) for x in (tokens, positions))
+    hidden, keys = run_tree(model, cache, *arguments, put(tree, SPECS.act_btd))
+    for row, (length, node_paths) in enumerate(zip(lengths, paths, strict=True)):
+        for node, path in enumerate(node_paths):
+            plain = np.zeros((2, CAPACITY), np.int32)
+            plain[:, : length + len(path)] = [*prefix[row, :length], *tokens[row, path]]
+            expected, written = feed(model, empty(), plain, np.tile(np.arange(CAPACITY), (2, 1)))
+            at = length + len(path) - 1
+            np.testing.assert_allclose(hidden[row, node], expected[0, at], rtol=0, atol=1e-5)
+            for ours, theirs in zip((*keys.keys, *keys.values), (*written.keys, *written.values), strict=True):
+                np.testing.assert_allclose(ours[row, :, node], theirs[0, :, at], rtol=0, atol=1e-5)
+
+
+def test_a_tree_needs_a_cache_and_writes_nothing_to_it(model: Decoder) -> None:
+    tokens, tree = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3, 3), bool)
+    for cache, slots in ((None, None), (empty(), tokens)):
+        with pytest.raises(ValueError, match="give it a cache and no slots"):
+            model(tokens, cache=cache, slots_bt=slots, tree_btt=tree)
+
+
 def test_a_slot_outside_the_cache_writes_nothing(model: Decoder) -> None:
     rng = np.random.default_rng(1)
     new = rng.standard_normal((2, 2, 4, 8)).astype(np.float32)
