@@ -15,6 +15,7 @@ from rich.table import Table
 from specjax.cli import Models, add_model_arguments, decoding_mesh, load_models
 from specjax.errors import InputError, exit_on_input_error
 from specjax.metadata import run_metadata
+from specjax.pytorch import require_torch
 
 
 @exit_on_input_error
@@ -123,10 +124,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(args.config, args.overrides)
     from specjax.training.benchmark import Settings, benchmark_training, check_measurable
     from specjax.training.benchmark_tables import tables
-    from specjax.training.torch_comparison import require_torch
 
     if args.compare:
-        require_torch()
+        require_torch("--compare torch")
     settings = Settings(args.steps, args.warmup, args.random_target, args.captured, args.compare == "torch")
     try:
         check_measurable(config, settings)
