@@ -43,7 +43,7 @@ def choose(logits_btv: jax.Array, positions_bt: jax.Array, sampling: Sampling | 
     specs = Sampling(P(), SPECS.act_b, *(None if x is None else P() for x in (sampling.top_k, sampling.top_p)))  # type: ignore[arg-type]
 
     def local(logits: jax.Array, positions: jax.Array, sampling: Sampling) -> jax.Array:
-        noise = jax.vmap(jax.vmap(_gumbel, (None, 0, None)), (0, 0, None))(sampling.seeds, positions, logits.shape[-1])
+        noise = jax.vmap(jax.vmap(gumbel, (None, 0, None)), (0, 0, None))(sampling.seeds, positions, logits.shape[-1])
         return jnp.argmax(processed(logits, sampling) + noise, axis=-1).astype(jnp.int32)
 
     # The vocabulary is whole on every device: all of `tensor` draw the same tokens.
@@ -72,6 +72,7 @@ def processed(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(scores >= least, scores, -jnp.inf)
 
 
-def _gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
+def gumbel(seed: jax.Array, position: jax.Array, vocab_size: int) -> jax.Array:
+    """The noise [v] of a draw: the greatest of scores and noise is a token drawn from the softmax of the scores."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(TARGET_DRAWS), seed), position)
     return jax.random.gumbel(key, (vocab_size,), jnp.float32, mode="high")  # the default is too coarse for rare tokens
