@@ -113,9 +113,7 @@ def _checked(args: argparse.Namespace) -> Settings:
         ):
             if given != wanted:
                 shown = " ".join(f"{value:g}" for value in given)
-                raise InputError(
-                    f"--compare hf decodes one prompt at a time, greedily: {option} is {shown}; leave it out"
-                )
+                raise InputError(f"--compare hf decodes prompt by prompt, greedily: {option} is {shown}; leave it out")
         if len(settings.draft_tokens) > 1:
             raise InputError("--compare hf compares one number of draft tokens; give --draft-tokens once")
     config = read_draft_config(args.draft)
@@ -148,7 +146,7 @@ def data_set_names(patterns: Sequence[str]) -> dict[str, str]:
 
 
 def write_decode_folder(folder: Path, content: dict[str, Any]) -> None:
-    """Writes benchmark.json (`content`: the reports under "decode", and "metadata"), benchmark.md, and plots of them."""
+    """Writes benchmark.json (content: the reports under "decode", and "metadata"), benchmark.md, and plots of them."""
     from specjax.decoding.benchmark_plots import write_plots
     from specjax.decoding.benchmark_tables import markdown, tables
 

@@ -21,7 +21,7 @@ def write_plots(reports: Mapping[str, Report], folder: Path) -> list[Path]:
 
     written = []
     for name, draw in (("speedup", _speedup), ("acceptance_by_position", _positions), ("round", _round)):
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = Figure(figsize=(7, max(4.5, 0.25 * len(reports))), layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure.subplots(), reports)
         written.append(folder / f"{name}.png")
@@ -78,14 +78,13 @@ def _round(axes: Any, reports: Mapping[str, Report]) -> None:
     """Bars of the last data set, which is their total where there are several."""
     last = list(reports.values())[-1]["data_set"]
     found = [r for r in reports.values() if r["data_set"] == last and r["round_s"] is not None]
-    labels = [f"T {r['temperature']:g}\nbatch {r['batch_size']}\n{r['draft_tokens']} drafts" for r in found]
+    labels = [f"T {r['temperature']:g}, batch {r['batch_size']}, {r['draft_tokens']} drafts" for r in found]
     left = [0.0] * len(found)
     for part in ("draft", "verify", "rest"):
         sizes = [round_parts(report)[part] for report in found]
-        axes.bar(labels, sizes, bottom=left, label=part)
+        axes.barh(labels, sizes, left=left, height=0.6, label=part)
         left = [a + b for a, b in zip(left, sizes, strict=True)]
-    if found:
-        axes.plot(labels, [1e3 * r["ar_step_s"] for r in found], "k_", markersize=14, label="autoregressive step")
-        axes.legend(fontsize="small")
-    axes.set(ylabel="ms", title=f"A round of {last}")
-    axes.tick_params(axis="x", labelsize="small")
+    axes.plot([1e3 * r["ar_step_s"] for r in found], labels, "k|", markersize=14, label="autoregressive step")
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=f"A round of {last}")
+    axes.figure.legend(loc="outside lower center", ncols=4, fontsize="small")

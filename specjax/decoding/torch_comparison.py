@@ -1,4 +1,4 @@
-"""Our decoder against PyTorch on the same weights, prompts and cores: autoregressive and speculative, prompt by prompt."""
+"""Our decoder against PyTorch on the same weights, prompts and cores: autoregressive and speculative."""
 
 from __future__ import annotations
 
