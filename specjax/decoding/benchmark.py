@@ -22,7 +22,7 @@ from specjax.models.dflash import DFlashDraft
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import mesh_scope
 
-COSTS_EVERY = 8  # batches of a timed pass between two measurements of the steps' costs
+COSTS_EVERY = 4  # batches of a timed pass between two measurements of the steps' costs
 AR = 0  # the width of autoregressive decoding: it verifies no drafts
 TOTAL = "all"
 Report = dict[str, Any]

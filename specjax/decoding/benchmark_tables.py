@@ -23,7 +23,8 @@ def tables(reports: Mapping[str, Report]) -> list[Table]:
     if list(reports) == names:
         shown = [("draft against autoregressive decoding", ["measure", *names], list(table(reports)))]
     else:
-        shown = [_rows(title, reports, measures) for title, measures in (("acceptance", _SHARES), ("speed", _SPEEDS))]
+        grids = (("acceptance", _SHARES), ("speed", _SPEEDS), ("cost of steps", _COSTS))
+        shown = [_rows(title, reports, measures) for title, measures in grids]
     compared = [row for report in reports.values() if "hf" in report for row in _against_torch(report)]
     return [*shown, ("against PyTorch, end to end", _TORCH_COLUMNS, compared)] if compared else shown
 
@@ -109,6 +110,8 @@ _SPEEDS: tuple[Measure, ...] = (
     ("AR tokens/s, end to end", lambda r: f"{r['ar_end_to_end_tokens_per_s']:.0f}"),
     ("speedup, decode only", lambda r: _with_range(r, "speedup_decode")),
     ("speedup, end to end", lambda r: _with_range(r, "speedup_end_to_end")),
+)
+_COSTS: tuple[Measure, ...] = (
     ("AR step, ms", lambda r: _milliseconds(r, "ar_step_s")),
     ("draft / verify / whole round, ms", lambda r: _milliseconds(r, "draft_s", "verify_s", "round_s")),
     ("speedup these allow / share reached", _bound),
@@ -121,6 +124,7 @@ _MEASURES: tuple[Measure, ...] = (
     ),
     *_SHARES[:-1],
     *_SPEEDS,
+    *_COSTS,
     _SHARES[-1],
 )
 _TORCH_COLUMNS = ["data set", "PyTorch", "its tokens/s", "our tokens/s", "ours / its", "equal outputs"]

@@ -113,11 +113,12 @@ def test_a_timed_pass_decodes_each_batch_in_all_ways_and_measures_steps_beside_t
         measured.append(first)
         return {width: {"verify": 1.0, "draft": 0.1 * width} for width in (AR, 2, 3)}
 
-    shapes = [(2, 64)] * 2 + [(2, 128)] * COSTS_EVERY
+    shapes = [(2, 64)] * 2 + [(2, 128)] * 8
     batches = list(zip(range(0, 20, 2), shapes, strict=True))
     found = _timed_pass(batches, (AR, 2, 3), decode, costs, run=1)
     assert calls == [(first, width) for first in range(0, 20, 2) for width in (2, 3, AR)]
-    assert measured == [0, 4, 16]  # the first batch of either shape, and the ninth batch
+    assert COSTS_EVERY == 4
+    assert measured == [0, 4, 8, 16]  # the first batch of either shape, and the fifth and ninth batch
     assert found[AR] | {"total": 0} == seconds(30.0, 0, verify=80.0, draft=0.0)
     assert found[3]["decode"] == 30.0
     assert (found[3]["verify"], found[3]["draft"]) == (pytest.approx(40.0), pytest.approx(0.1 * 3 * 40))

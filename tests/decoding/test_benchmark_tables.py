@@ -34,11 +34,12 @@ def test_one_combination_is_a_table_of_data_sets() -> None:
 
 
 def test_several_combinations_are_rows() -> None:
-    (_, shares, accepted), (_, speeds, fast) = tables(grid())
-    assert shares[:4] == speeds[:4] == ["data set", "T", "batch", "drafts"]
+    (_, shares, accepted), (_, speeds, fast), (_, costs, slow) = tables(grid())
+    assert shares[:4] == speeds[:4] == costs[:4] == ["data set", "T", "batch", "drafts"]
     expected = [(name, "0", size, width) for name in ("code", "all") for size in "41" for width in "37"]
-    assert [row[:4] for row in accepted] == [row[:4] for row in fast] == expected
+    assert [row[:4] for row in accepted] == [row[:4] for row in fast] == [row[:4] for row in slow] == expected
     assert accepted[0][shares.index("acceptance by position")] == "0.88 0.50 0.38"
+    assert slow[0][costs.index("AR step, ms")] == "3.00"
     assert fast[1][speeds.index("speedup, decode only")] == "4.70x (4.20 to 5.70)"
 
 
