@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from specjax.cli import Models, add_model_arguments, decoding_mesh, load_models
+from specjax.benchmark_decode import add_decode_arguments, run_decode, write_decode_folder
 from specjax.errors import InputError, exit_on_input_error
 from specjax.metadata import run_metadata
+from specjax.print_table import print_table
+from specjax.pytorch import require_torch
 
 
 @exit_on_input_error
@@ -22,15 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m specjax.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     decode = commands.add_parser("decode", help="acceptance and speed of a draft against autoregressive decoding")
-    add_model_arguments(decode, draft_required=True)
-    decode.add_argument("--data", required=True, nargs="+", help="prompt sets (gsm8k, gsm8k=FILE), files, hf://...")
-    decode.add_argument("--limit", type=int, help="use the first N examples of each set only")
-    decode.add_argument("--max-new-tokens", type=int, default=128)
-    decode.add_argument("--batch-size", type=int, default=1, help="prompts decoded together")
-    decode.add_argument("--draft-tokens", type=int, help="drafts verified a round (default: block size - 1)")
-    decode.add_argument("--runs", type=int, default=5, help="timed repetitions, AR and speculative interleaved")
-    decode.add_argument("--compare-hf", action="store_true", help="also time transformers' generate (needs PyTorch)")
-    decode.add_argument("--json", type=Path, help="also write the report here")
+    add_decode_arguments(decode)
     load = commands.add_parser("load", help="time and memory of loading a model folder, against reading its files")
     load.add_argument("--target", help="model folder (default: random weights of a 1.5 GB shape)")
     load.add_argument("--runs", type=int, default=3)
@@ -44,20 +39,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if any(size < 2 for size in getattr(args, "vocab_size", ())):
         raise InputError(f"--vocab-size is {min(args.vocab_size)}; give at least 2")
-    for name, least in (("runs", 1), ("limit", 1), ("batch_size", 1), ("steps", 1), ("warmup", 0)):
+    for name, least in (("runs", 1), ("limit", 1), ("steps", 1), ("warmup", 0)):
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
     if args.json is not None and args.json.is_dir():
         raise InputError(f"--json {args.json} is a folder; give a file")
-    if args.command == "decode" and args.compare_hf and args.batch_size != 1:
-        raise InputError(f"--compare-hf decodes one prompt at a time; --batch-size is {args.batch_size}, leave it 1")
-    commands_by_name = {"train": _train, "memory": _memory, "recipes": _recipes, "decode": _decode, "load": _load}
+    commands_by_name = {"train": _train, "memory": _memory, "recipes": _recipes, "decode": run_decode, "load": _load}
     report = commands_by_name[args.command](args)
+    command = shlex.join(["python", "-m", "specjax.benchmark", *(sys.argv[1:] if argv is None else argv)])
+    content = {args.command: report, "metadata": run_metadata() | {"command": command}}
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(
-            json.dumps({args.command: report, "metadata": run_metadata()}, indent=2) + "\n", encoding="utf-8"
-        )
+        args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if args.command == "decode" and args.out is not None:
+        write_decode_folder(args.out, content)
 
 
 def _add_train(commands: Any) -> None:
@@ -123,10 +118,9 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     config = load_config(args.config, args.overrides)
     from specjax.training.benchmark import Settings, benchmark_training, check_measurable
     from specjax.training.benchmark_tables import tables
-    from specjax.training.torch_comparison import require_torch
 
     if args.compare:
-        require_torch()
+        require_torch("--compare torch")
     settings = Settings(args.steps, args.warmup, args.random_target, args.captured, args.compare == "torch")
     try:
         check_measurable(config, settings)
@@ -137,51 +131,6 @@ def _train(args: argparse.Namespace) -> dict[str, Any]:
     for title, columns, rows in tables(report):
         print_table(title, columns, rows)
     return report
-
-
-def _decode(args: argparse.Namespace) -> dict[str, Any]:
-    from specjax.benchmark_prompts import named_entries, read_data_sets
-    from specjax.decoding.benchmark import Settings, benchmark_decoding, table
-
-    console = Console(stderr=True)
-    entries = named_entries(args.data)
-    with decoding_mesh(args):
-        models = load_models(args)
-        assert models.draft is not None
-        with console.status("reading prompts"):
-            data_sets = read_data_sets(
-                entries,
-                models,
-                chat_template_kwargs=args.chat_template_kwargs,
-                max_new_tokens=args.max_new_tokens,
-                limit=args.limit,
-            )
-        settings = Settings(args.max_new_tokens, models.stop_token_ids, args.batch_size, args.draft_tokens, args.runs)
-        with console.status("decoding") as status:
-            report: dict[str, Any] = benchmark_decoding(models.target, models.draft, data_sets, settings, status.update)
-    print_table(str(args.draft), list(report), table(report))
-    if args.compare_hf:
-        for name, prompts in data_sets.items():
-            report[name]["transformers"] = _compare_hf(args, models, name, prompts, report[name])
-    return report
-
-
-def _compare_hf(
-    args: argparse.Namespace, models: Models, name: str, prompts: list[list[int]], report: dict[str, Any]
-) -> dict[str, Any]:
-    """Autoregressive decoding here against transformers' `generate`, end to end, and whether the outputs agree."""
-    from specjax.decoding.hf_baseline import measure_transformers
-    from specjax.weights import model_folder
-
-    folder = model_folder(args.target)
-    theirs = measure_transformers(folder, prompts, args.max_new_tokens, models.stop_token_ids, args.runs)
-    ratio = report["ar_end_to_end_tokens_per_s"] / theirs["tokens_per_s"]
-    same = sum(a == b for a, b in zip(theirs.pop("outputs"), report["outputs"], strict=True))
-    print(
-        f"{name}: transformers generate {theirs['tokens_per_s']:.0f} tokens/s ({theirs['threads']} threads), ours "
-        f"{ratio:.2f}x, both autoregressive, end to end; {same} of {len(prompts)} outputs equal"
-    )
-    return theirs | {"ratio": ratio, "equal_outputs": same}
 
 
 def _load(args: argparse.Namespace) -> dict[str, Any]:
@@ -229,20 +178,6 @@ def _recipes(args: argparse.Namespace) -> dict[str, Any]:
     if failed:
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; see above. The same command tries them again")
     return report
-
-
-def print_table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> None:
-    """Prints rows of a measure and its value in every column as a table on stdout."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("measure", overflow="fold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    console.print(table)
 
 
 if __name__ == "__main__":

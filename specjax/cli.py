@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from specjax.models.decoder import Decoder
-    from specjax.models.dflash import DFlashDraft
+    from specjax.models.dflash import DFlashConfig, DFlashDraft
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --temperature, --top-k, --top-p and --seed."""
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    add_draw_arguments(parser)
+
+
+def add_draw_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --top-k, --top-p and --seed, which say how to draw at a temperature above 0."""
     parser.add_argument("--top-k", type=int, help="draw from the K likeliest tokens only")
     parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that make up P only, after top-k")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn")
@@ -62,9 +67,14 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     from specjax.decoding.inputs import check_sampling
 
     check_sampling(args.temperature, args.top_k, args.top_p)
+    check_seed(args)
+    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+
+
+def check_seed(args: argparse.Namespace) -> None:
+    """Raises InputError for a --seed that is no seed."""
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {args.seed}; give an integer from 0 to 2**32 - 1")
-    return {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +122,20 @@ def dtype_name(args: argparse.Namespace) -> str:
     if args.dtype == "auto":
         return "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return str(args.dtype)
+
+
+def read_draft_config(path_or_id: str) -> DFlashConfig:
+    """The configuration of a draft folder, hub id or training run, without its weights."""
+    from pathlib import Path
+
+    from specjax import weights
+    from specjax.weights.config_fields import read_json
+    from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
+
+    of_run = Path(path_or_id) / RUN_DRAFT_CONFIG
+    if of_run.exists():
+        return weights.draft_config_from_hf(read_json(of_run), str(of_run))
+    return weights.read_draft_config(path_or_id)
 
 
 def load_models(args: argparse.Namespace) -> Models:

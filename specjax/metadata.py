@@ -22,6 +22,7 @@ PACKAGES = (
     "safetensors",
     "tokenizers",
     "transformers",
+    "torch",
     "libtpu",
 )
 SOURCE_FOLDER = Path(__file__).resolve().parent.parent

@@ -19,10 +19,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specjax.benchmark import print_table
 from specjax.config import RunConfig, load_config
 from specjax.errors import InputError, exit_on_input_error
 from specjax.metadata import run_metadata
+from specjax.print_table import print_table
 
 if TYPE_CHECKING:
     from specjax.data.embedded.splitting import Conversation
@@ -284,7 +284,8 @@ def evaluate(
 ) -> dict[str, Report]:
     """Loads the exported draft and measures it on held-out prompts, batch size 1."""
     from specjax import weights
-    from specjax.decoding.benchmark import Settings, benchmark_decoding, table
+    from specjax.decoding.benchmark import Settings, benchmark_decoding
+    from specjax.decoding.benchmark_tables import table
 
     draft = weights.load_draft(exported, dtype="float32")
     weights.check_draft_matches(draft.config, target.config)

@@ -77,7 +77,7 @@ class Batch:
         top_k: int | None,
         top_p: float | None,
         seeds: Sequence[int],
-        logit_mask: npt.NDArray[np.bool_] | None,
+        logit_mask: npt.NDArray[np.bool_] | None = None,
     ) -> Batch:
         """The same prompts with tokens drawn, or masked, or both. seeds: one a row. logit_mask: [prompts, v]."""
         if temperature == 0 and logit_mask is None:

@@ -2,117 +2,290 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specjax.blockdiff.metrics import repeated_ngrams
 from specjax.decoding.batch import Batch
-from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.differences import differences
+from specjax.decoding.drafter import DFlashDrafter
 from specjax.decoding.generate import Generation, generate
-from specjax.decoding.loop import DecodeState
-from specjax.decoding.verify import propose
+from specjax.decoding.inputs import check_sampling
+from specjax.decoding.step_costs import ar_seconds, round_seconds
+from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.precision import matmul_precision
-from specjax.models.sharding import SPECS, mesh_scope
+from specjax.models.sharding import mesh_scope
 
-STEP_REPEATS = 30
-COSTS = ("ar_step_s", "draft_s", "verify_s")
+COSTS_EVERY = 4  # batches of a timed pass between two measurements of the steps' costs
+AR = 0  # the width of autoregressive decoding: it verifies no drafts
+TOTAL = "all"
 Report = dict[str, Any]
+Prompts = Sequence[Sequence[int]]
+Seconds = dict[str, float]
+Shape = tuple[int, int]
+"""(rows, capacity) of a batch, which decide what its steps cost."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """batch_size: prompts decoded together. runs: timed repetitions, each of them AR and speculative in turn."""
+    """What to decode and how: every combination of temperature, batch size and draft tokens is measured.
+
+    batch_sizes: prompts decoded together. draft_tokens: drafts verified a round; none is the block's all. top_k,
+    top_p: at temperatures above 0. seed: of the first prompt of every data set. runs: timed passes.
+    """
 
     max_new_tokens: int = 128
     stop_token_ids: tuple[int, ...] = ()
-    batch_size: int = 1
-    draft_tokens: int | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    draft_tokens: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = (0.0,)
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
     runs: int = 5
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Both ways of decoding one data set: outputs of the untimed pass, and seconds of every timed one."""
+class Case:
+    """Settings of one measurement: all that autoregressive decoding depends on, and the widths compared with it."""
 
-    plain: list[Generation]
-    drafted: list[Generation]
-    passes: list[dict[str, float]]
+    settings: Settings
+    temperature: float
+    batch_size: int
+    widths: tuple[int, ...]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of `generate` but for the seed."""
+        limits = {"top_k": self.settings.top_k, "top_p": self.settings.top_p} if self.temperature else {}
+        return {"temperature": self.temperature, "top_k": None, "top_p": None} | limits
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One data set in one case: outputs of the untimed pass by width (`AR` without a draft), and timed passes.
+
+    passes: of every run, for each width, seconds: `decode` and `total` of the calls, `verify` and `draft` what the
+    networks' steps alone come to by their measured costs. differing: for each width, what `differences` says.
+    """
+
+    generations: dict[int, list[Generation]]
+    passes: list[dict[int, Seconds]]
+    differing: dict[int, list[Report]]
+
+
+def check_settings(settings: Settings, block_size: int) -> None:
+    """Raises InputError for a value out of range, given twice, or of no use."""
+    for name, values in (
+        ("batch_sizes", settings.batch_sizes),
+        ("draft_tokens", settings.draft_tokens),
+        ("temperatures", settings.temperatures),
+    ):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise InputError(f"{name}: {twice[0]} is there twice; give every value once")
+    for name, numbers in (
+        ("batch size", settings.batch_sizes),
+        ("max_new_tokens", (settings.max_new_tokens,)),
+        ("runs", (settings.runs,)),
+    ):
+        if min(numbers) < 1:
+            raise InputError(f"{name} is {min(numbers)}; give at least 1")
+    for width in settings.draft_tokens:
+        if not 1 <= width < block_size:
+            raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {block_size - 1}")
+    for temperature in settings.temperatures:
+        check_sampling(temperature, None, None)
+    check_sampling(max(settings.temperatures), settings.top_k, settings.top_p)
 
 
 def benchmark_decoding(
     target: Decoder,
     draft: DFlashDraft,
-    data_sets: Mapping[str, Sequence[Sequence[int]]],
+    data_sets: Mapping[str, Prompts],
     settings: Settings,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Report]:
     """Decodes the prompts of every data set with and without the draft; one report a data set, and one of "all".
 
-    One untimed pass compiles and checks that the outputs are equal; then `runs` timed passes alternate between the
-    two. Times are of whole passes; a speedup is the ratio within one run, reported as median, least and greatest.
+    With several temperatures, batch sizes or numbers of draft tokens there is one a combination, whose name says them.
+    Autoregressive decoding is measured once a data set, temperature and batch size, in turn with all the widths that
+    are compared with it: one untimed pass compiles and yields the outputs, then in each of `runs` timed passes every
+    batch is decoded in all ways, and the costs of steps are measured. Times are of whole passes; a ratio is taken
+    within one run, and reported as median, least and greatest.
+
+    Raises:
+        InputError: as `check_settings` and `generate`.
     """
-    measured = {}
-    for name, prompts in data_sets.items():
-        progress(name)
-        measured[name] = _measure(target, draft, prompts, settings)
-    prompts = next(iter(data_sets.values()))[: settings.batch_size]
-    costs = _step_costs(target, DFlashDrafter(draft), prompts, settings)
-    if len(measured) > 1:
-        measured["all"] = _pool(list(measured.values()))
-    return {name: _report(draft, measurement, settings, costs) for name, measurement in measured.items()}
+    check_settings(settings, draft.config.block_size)
+    widths = settings.draft_tokens or (draft.config.block_size - 1,)
+    reports: dict[tuple[str, float, int, int], Report] = {}
+    for temperature, size in itertools.product(settings.temperatures, settings.batch_sizes):
+        case = Case(settings, temperature, size, widths)
+        measured = {}
+        for name, prompts in data_sets.items():
+            progress(f"{name}, temperature {temperature:g}, batch size {size}")
+            measured[name] = _measure(target, draft, prompts, case)
+        if len(measured) > 1:
+            measured[TOTAL] = _pool(list(measured.values()))
+        for name, measurement in measured.items():
+            for width in widths:
+                reports[name, temperature, size, width] = _report(draft, measurement, case, width, name)
+    names = [*data_sets, TOTAL]
+    ordered = sorted(reports, key=lambda key: names.index(key[0]))
+    return {_column(key, settings): reports[key] for key in ordered}
 
 
-def _measure(target: Decoder, draft: DFlashDraft, prompts: Sequence[Sequence[int]], settings: Settings) -> Measurement:
-    batches = [prompts[i : i + settings.batch_size] for i in range(0, len(prompts), settings.batch_size)]
+def _column(key: tuple[str, float, int, int], settings: Settings) -> str:
+    """A combination's name: the data set's, and what differs between combinations."""
+    name, temperature, size, width = key
+    parts = [name]
+    parts += [f"temperature {temperature:g}"] if len(settings.temperatures) > 1 else []
+    parts += [f"batch {size}"] if len(settings.batch_sizes) > 1 else []
+    parts += [f"{width} drafts"] if len(settings.draft_tokens) > 1 else []
+    return ", ".join(parts)
 
-    def decode(batch: Sequence[Sequence[int]], with_draft: bool) -> Generation:
-        limits = settings.max_new_tokens, settings.stop_token_ids
-        if with_draft:
-            return generate(target, batch, draft, *limits, settings.draft_tokens)
-        return generate(target, batch, None, *limits)
 
-    plain = [decode(batch, False) for batch in batches]
-    drafted = [decode(batch, True) for batch in batches]
-    passes = [_timed_pass(batches, decode, speculative_first=bool(run % 2)) for run in range(settings.runs)]
-    return Measurement(plain, drafted, passes)
+def _measure(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case) -> Measurement:
+    settings, size, ways = case.settings, case.batch_size, (AR, *case.widths)
+    starts = range(0, len(prompts), size)
+
+    def decode(first: int, width: int) -> Generation:
+        batch, seed = prompts[first : first + size], settings.seed + first
+        drafting = {"draft": draft, "draft_tokens": width} if width != AR else {}
+        limits = {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": settings.stop_token_ids}
+        return generate(target, batch, **limits, **drafting, **case.sampling, seed=seed)  # type: ignore[arg-type]
+
+    def costs(first: int) -> dict[int, Seconds]:
+        return _step_costs(target, draft, prompts[first : first + size], case, settings.seed + first)
+
+    generations = {width: [decode(first, width) for first in starts] for width in ways}
+    shapes = [_shape(target, prompts[first : first + size], case) for first in starts]
+    for first in dict(zip(shapes, starts, strict=True)).values():
+        costs(first)  # compiles
+    batches = list(zip(starts, shapes, strict=True))
+    passes = [_timed_pass(batches, ways, decode, costs, run) for run in range(settings.runs)]
+    answers = {width: [tokens for g in generations[width] for tokens in g.tokens] for width in ways}
+    drawn = case.sampling | {"seed": settings.seed} if case.temperature else None
+    differing = {width: differences(target, prompts, answers[AR], answers[width], size, drawn) for width in case.widths}
+    return Measurement(generations, passes, differing)
+
+
+def _timed_pass(
+    batches: Sequence[tuple[int, Shape]],
+    ways: Sequence[int],
+    decode: Callable[[int, int], Generation],
+    costs: Callable[[int], dict[int, Seconds]],
+    run: int,
+) -> dict[int, Seconds]:
+    """Seconds of one pass over all batches, by width; each batch is decoded in all ways, in another order every run.
+
+    batches: the first prompt's index and the shape of each. Costs of steps are measured beside the decoding that they
+    are compared with, and for the same shape: a machine's speed drifts.
+    """
+    seconds = {width: dict.fromkeys(("decode", "total", "verify", "draft"), 0.0) for width in ways}
+    turn = run % len(ways)
+    measured: dict[Shape, dict[int, Seconds]] = {}
+    for i, (first, shape) in enumerate(batches):
+        if i % COSTS_EVERY == 0 or shape not in measured:
+            measured[shape] = costs(first)
+        for width in (*ways[turn:], *ways[:turn]):
+            started = time.perf_counter()
+            generation = decode(first, width)
+            seconds[width]["total"] += time.perf_counter() - started
+            seconds[width]["decode"] += generation.decode_seconds
+            for part, cost in measured[shape][width].items():
+                seconds[width][part] += cost * _passes_of_target(generation, width)
+    return seconds
+
+
+def _passes_of_target(generation: Generation, width: int) -> int:
+    """Steps or rounds of a batch's slowest row, without the prefill."""
+    if width == AR:
+        return max(len(tokens) - 1 for tokens in generation.tokens)
+    return max(map(len, generation.rounds))
+
+
+def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case, seed: int) -> dict[int, Seconds]:
+    """Seconds of an autoregressive step (a verify pass without drafts) and of both parts of a round, by width."""
+    drafter, seeds = DFlashDrafter(draft), range(seed, seed + len(prompts))
+
+    def batch(block_size: int) -> Batch:
+        built = _batch(target, prompts, case, block_size)
+        return built.with_sampling(**case.sampling, seeds=seeds) if case.temperature else built
+
+    with mesh_scope(), matmul_precision(target.dtype):
+        costs = {AR: {"verify": ar_seconds(target, batch(1)), "draft": 0.0}}
+        for width in case.widths:
+            drafting, verifying = round_seconds(target, drafter, batch(drafter.block_size), width)
+            costs[width] = {"verify": verifying, "draft": drafting}
+    return costs
+
+
+def _batch(target: Decoder, prompts: Prompts, case: Case, block_size: int) -> Batch:
+    """The batch that `generate` makes of the prompts, greedy."""
+    new, stops = [case.settings.max_new_tokens] * len(prompts), [case.settings.stop_token_ids] * len(prompts)
+    return Batch.build(target, prompts, new, stops, block_size)
+
+
+def _shape(target: Decoder, prompts: Prompts, case: Case) -> Shape:
+    with mesh_scope():
+        return len(prompts), _batch(target, prompts, case, 1).capacity
 
 
 def _pool(measurements: Sequence[Measurement]) -> Measurement:
+    """All data sets as one; its prompts are counted through."""
+    widths = measurements[0].generations
+    generations = {width: [g for m in measurements for g in m.generations[width]] for width in widths}
     passes = [
-        {name: sum(p[name] for p in run) for name in run[0]}
+        {width: {part: sum(p[width][part] for p in run) for part in run[0][width]} for width in widths}
         for run in zip(*(m.passes for m in measurements), strict=True)
     ]
-    return Measurement([g for m in measurements for g in m.plain], [g for m in measurements for g in m.drafted], passes)
+    sizes = [sum(len(g.tokens) for g in m.generations[AR]) for m in measurements]
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+    differing = {
+        width: [
+            entry | {"prompt": entry["prompt"] + offset}
+            for m, offset in zip(measurements, offsets, strict=True)
+            for entry in m.differing[width]
+        ]
+        for width in measurements[0].differing
+    }
+    return Measurement(generations, passes, differing)
 
 
-def _report(draft: DFlashDraft, measured: Measurement, settings: Settings, costs: dict[str, float]) -> Report:
-    outputs = [tokens for generation in measured.plain for tokens in generation.tokens]
-    width = _width(draft, settings)
-    report = acceptance(measured.drafted, width)
-    report |= {
+def _report(draft: DFlashDraft, measured: Measurement, case: Case, width: int, name: str) -> Report:
+    plain, drafted = measured.generations[AR], measured.generations[width]
+    outputs = [tokens for generation in plain for tokens in generation.tokens]
+    tokens = sum(map(len, outputs))
+    report: Report = {
+        "data_set": name,
         "prompts": len(outputs),
-        "tokens": sum(map(len, outputs)),
-        "batch_size": settings.batch_size,
+        "tokens": tokens,
+        "temperature": case.temperature,
+        "batch_size": case.batch_size,
         "block_size": draft.config.block_size,
         "draft_tokens": width,
-        "max_new_tokens": settings.max_new_tokens,
-        "runs": settings.runs,
-        "repeated_4gram_fraction": repeated_ngrams(outputs),
+        "max_new_tokens": case.settings.max_new_tokens,
+        "runs": case.settings.runs,
     }
-    report |= _equality(measured.plain, measured.drafted)
-    report |= _speeds(measured.passes, report["tokens"], len(outputs))
-    report["outputs"] = outputs
-    return report | costs | {"predicted_speedup_decode": _predicted(measured, costs)}
+    report |= acceptance(drafted, width)
+    report["repeated_4gram_fraction"] = repeated_ngrams(outputs)
+    differing = measured.differing[width]
+    report |= {"identical": not differing, "different_prompts": len(differing), "differences": differing}
+    ar, speculative = ([p[way] for p in measured.passes] for way in (AR, width))
+    report |= _speeds(ar, speculative, tokens, len(outputs))
+    steps = sum(_passes_of_target(generation, AR) for generation in plain)
+    rounds = sum(_passes_of_target(generation, width) for generation in drafted)
+    return report | _cost_model(ar, speculative, steps, rounds) | {"outputs": outputs}
 
 
 def acceptance(generations: Sequence[Generation], draft_tokens: int) -> Report:
@@ -132,166 +305,36 @@ def acceptance(generations: Sequence[Generation], draft_tokens: int) -> Report:
     }
 
 
-def _timed_pass(
-    batches: Sequence[Any], decode: Callable[[Any, bool], Generation], speculative_first: bool
-) -> dict[str, float]:
-    """Seconds of one pass over all batches; each batch is decoded both ways before the next one."""
-    seconds = dict.fromkeys(("ar_decode", "ar_total", "speculative_decode", "speculative_total"), 0.0)
-    for batch in batches:
-        for with_draft in (speculative_first, not speculative_first):
-            started = time.perf_counter()
-            generation = decode(batch, with_draft)
-            name = "speculative" if with_draft else "ar"
-            seconds[f"{name}_total"] += time.perf_counter() - started
-            seconds[f"{name}_decode"] += generation.decode_seconds
-    return seconds
-
-
-def _speeds(passes: Sequence[dict[str, float]], tokens: int, prompts: int) -> Report:
+def _speeds(ar: Sequence[Seconds], speculative: Sequence[Seconds], tokens: int, prompts: int) -> Report:
     """Decode-only tokens/s leave out the first token of every answer: it is the prefill's."""
-    decoded_tokens = tokens - prompts
-    decode = [p["ar_decode"] / p["speculative_decode"] for p in passes]
-    total = [p["ar_total"] / p["speculative_total"] for p in passes]
-    return {
-        "ar_tokens_per_s": decoded_tokens / statistics.median(p["ar_decode"] for p in passes),
-        "speculative_tokens_per_s": decoded_tokens / statistics.median(p["speculative_decode"] for p in passes),
-        "ar_end_to_end_tokens_per_s": tokens / statistics.median(p["ar_total"] for p in passes),
-        "speedup_decode": statistics.median(decode),
-        "speedup_decode_range": [min(decode), max(decode)],
-        "speedup_end_to_end": statistics.median(total),
-        "speedup_end_to_end_range": [min(total), max(total)],
-    }
-
-
-def _equality(plain: Sequence[Generation], drafted: Sequence[Generation]) -> Report:
-    """Whether every output is the same, and where the first one is not."""
-    pairs = [
-        (p, d)
-        for first, second in zip(plain, drafted, strict=True)
-        for p, d in zip(first.tokens, second.tokens, strict=True)
-    ]
-    different = [i for i, (p, d) in enumerate(pairs) if p != d]
-    report: Report = {"identical": not different, "different_prompts": len(different)}
-    if different:
-        p, d = pairs[different[0]]
-        shared = zip(p, d, strict=False)
-        position = next((i for i, (a, b) in enumerate(shared) if a != b), min(len(p), len(d)))
-        report["first_difference"] = {"prompt": different[0], "position": position}
+    decoded = tokens - prompts
+    report: Report = {}
+    for name, passes in (("ar", ar), ("speculative", speculative)):
+        report[f"{name}_tokens_per_s"] = decoded / statistics.median(p["decode"] for p in passes)
+        report[f"{name}_end_to_end_tokens_per_s"] = tokens / statistics.median(p["total"] for p in passes)
+    for name, part in (("speedup_decode", "decode"), ("speedup_end_to_end", "total")):
+        ratios = [a[part] / s[part] for a, s in zip(ar, speculative, strict=True)]
+        report |= {name: statistics.median(ratios), f"{name}_range": [min(ratios), max(ratios)]}
     return report
 
 
-def _step_costs(
-    target: Decoder, drafter: DFlashDrafter, prompts: Sequence[Sequence[int]], settings: Settings
-) -> dict[str, float]:
-    """Seconds of an AR step, of a draft (with the context's keys and values) and of a verify pass."""
-    width = _width(drafter.model, settings)
-    with mesh_scope(), matmul_precision(target.dtype):
-        new = [settings.max_new_tokens] * len(prompts)
-        batch = Batch.build(target, prompts, new, [list(settings.stop_token_ids)] * len(prompts), drafter.block_size)
-        return {
-            "ar_step_s": _step_seconds(_verify_step(1), target, drafter, batch),
-            "draft_s": _step_seconds(_draft_step(width), target, drafter, batch),
-            "verify_s": _step_seconds(_verify_step(width + 1), target, drafter, batch),
-        }
+def _cost_model(ar: Sequence[Seconds], speculative: Sequence[Seconds], steps: int, rounds: int) -> Report:
+    """Costs of steps, the speedup that they allow, and the share of it that was measured; None without a round.
 
-
-def _predicted(measured: Measurement, costs: dict[str, float]) -> float | None:
-    """The speedup that the steps' costs allow: AR steps * ar_step / (rounds * (draft + verify)).
-
-    Steps and rounds are those of the slowest row of each batch; for batch 1 this is acceptance length *
-    ar_step / (draft + verify), up to the cuts of the last rounds. None where there was no round.
+    bound = steps * ar_step / (rounds * (draft + verify)), where steps and rounds are those of each batch's slowest
+    row: for batch size 1 acceptance length * ar_step / (draft + verify), up to the cuts of the last rounds. round_s is
+    a whole round in the decoder's own loop.
     """
-    steps = sum(max(len(tokens) - 1 for tokens in generation.tokens) for generation in measured.plain)
-    rounds = sum(max(map(len, generation.rounds)) for generation in measured.drafted)
-    round_seconds = rounds * (costs["draft_s"] + costs["verify_s"])
-    return steps * costs["ar_step_s"] / round_seconds if rounds else None
-
-
-Step = Callable[[Decoder, Drafter, DecodeState], DecodeState]
-
-
-def _verify_step(tokens: int) -> Step:
-    """The target's pass over `tokens` tokens of every row, with its choices fed back so that nothing is skipped."""
-
-    def step(target: Decoder, drafter: Drafter, state: DecodeState) -> DecodeState:
-        block = state.tokens[:, :tokens]
-        positions = state.length[:, None] + jnp.arange(tokens, dtype=jnp.int32)
-        output = target(block, positions, cache=state.cache)
-        choices = jnp.argmax(target.logits(output.hidden), axis=-1).astype(jnp.int32)
-        assert output.cache is not None
-        return dataclasses.replace(state, tokens=_replace(state.tokens, choices), cache=output.cache)
-
-    return step
-
-
-def _draft_step(draft_tokens: int) -> Step:
-    """A draft and the context's keys and values of a block's worth of taps."""
-
-    def step(target: Decoder, drafter: Drafter, state: DecodeState) -> DecodeState:
-        logits = drafter.draft_logits(state.drafter, target, state.tokens[:, 0], state.length, draft_tokens)
-        drafts = propose(logits, state.length, None, rule="match", draft_choice="argmax")
-        rows, width = state.tokens.shape[0], len(drafter.tap_ids) * target.config.hidden_size
-        positions = state.length[:, None] + jnp.arange(draft_tokens + 1, dtype=jnp.int32)
-        taps = jnp.zeros((rows, draft_tokens + 1, width), target.dtype, out_sharding=SPECS.act_btd)
-        taps = taps + drafts[:, :1, None].astype(target.dtype)
-        context = drafter.observe(state.drafter, taps, positions, positions)
-        return dataclasses.replace(state, tokens=_replace(state.tokens, drafts), drafter=context)
-
-    return step
-
-
-def _replace(tokens_bt: jax.Array, first: jax.Array) -> jax.Array:
-    return jax.vmap(lambda row, new: row.at[: new.shape[0]].set(new))(tokens_bt, first)
-
-
-def _step_seconds(step: Step, target: Decoder, drafter: Drafter, batch: Batch) -> float:
-    """Median seconds of one `step`, `STEP_REPEATS` of them in one compiled loop."""
-
-    def repeat(target: Decoder, drafter: Drafter, state: DecodeState) -> DecodeState:
-        return jax.lax.fori_loop(0, STEP_REPEATS, lambda _, s: step(target, drafter, s), state)
-
-    compiled = jax.jit(repeat, donate_argnums=2)
-    seconds = []
-    for _ in range(6):
-        state = jax.block_until_ready(batch.prefill(target, drafter))
-        started = time.perf_counter()
-        jax.block_until_ready(compiled(target, drafter, state))
-        seconds.append((time.perf_counter() - started) / STEP_REPEATS)
-    return statistics.median(seconds[1:])
-
-
-def _width(draft: DFlashDraft, settings: Settings) -> int:
-    return settings.draft_tokens or draft.config.block_size - 1
-
-
-def table(reports: Mapping[str, Report]) -> Iterator[tuple[str, ...]]:
-    """Reports as rows for people: the measure, then its value for every data set."""
-    for name, show in _ROWS:
-        yield name, *(show(report) for report in reports.values())
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "-" if value is None else format(value, form) + unit
-
-
-def _with_range(report: Report, name: str) -> str:
-    low, high = report[f"{name}_range"]
-    return f"{report[name]:.2f}x ({low:.2f} to {high:.2f})"
-
-
-_ROWS: tuple[tuple[str, Callable[[Report], str]], ...] = (
-    ("prompts / new tokens", lambda r: f"{r['prompts']} / {r['tokens']}"),
-    ("batch size / block size / drafts", lambda r: f"{r['batch_size']} / {r['block_size']} / {r['draft_tokens']}"),
-    ("acceptance length (tokens a round)", lambda r: _number(r["acceptance_length"], ".2f")),
-    ("acceptance rate", lambda r: _number(r["acceptance_rate"], ".3f")),
-    ("acceptance by position", lambda r: " ".join(f"{x:.2f}" for x in r["acceptance_by_position"])),
-    ("repeated 4-grams", lambda r: f"{r['repeated_4gram_fraction']:.3f}"),
-    ("AR tokens/s, decode only", lambda r: f"{r['ar_tokens_per_s']:.0f}"),
-    ("speculative tokens/s, decode only", lambda r: f"{r['speculative_tokens_per_s']:.0f}"),
-    ("AR tokens/s, end to end", lambda r: f"{r['ar_end_to_end_tokens_per_s']:.0f}"),
-    ("speedup, decode only", lambda r: _with_range(r, "speedup_decode")),
-    ("speedup, end to end", lambda r: _with_range(r, "speedup_end_to_end")),
-    ("AR step / draft / verify, ms", lambda r: " / ".join(f"{1e3 * r[k]:.2f}" for k in COSTS)),
-    ("speedup these allow", lambda r: _number(r["predicted_speedup_decode"], ".2f", "x")),
-    ("outputs identical", lambda r: "yes" if r["identical"] else f"NO ({r['different_prompts']} prompts differ)"),
-)
+    if not rounds:
+        names = ("ar_step_s", "draft_s", "verify_s", "round_s", "speedup_bound", "share_of_bound")
+        return dict.fromkeys(names)
+    bounds = [a["verify"] / (s["draft"] + s["verify"]) for a, s in zip(ar, speculative, strict=True)]
+    shares = [a["decode"] / s["decode"] / bound for a, s, bound in zip(ar, speculative, bounds, strict=True)]
+    return {
+        "ar_step_s": statistics.median(p["verify"] for p in ar) / steps,
+        "draft_s": statistics.median(p["draft"] for p in speculative) / rounds,
+        "verify_s": statistics.median(p["verify"] for p in speculative) / rounds,
+        "round_s": statistics.median(p["decode"] for p in speculative) / rounds,
+        "speedup_bound": statistics.median(bounds),
+        "share_of_bound": statistics.median(shares),
+    }

@@ -140,7 +140,7 @@ def benchmark_table(benchmark: Benchmark) -> Table:
     Raises:
         InputError: a report lacks a field, or holds one of another type.
     """
-    from specjax.decoding.benchmark import table
+    from specjax.decoding.benchmark_tables import table
 
     try:
         rows = list(table(benchmark.reports))

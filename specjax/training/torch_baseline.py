@@ -1,14 +1,13 @@
 """The same training step in eager PyTorch, as the yardstick of `specjax.training.benchmark`; needs the test extra.
 
-Written from the method's description (arXiv 2602.06036) and not from the JAX modules: captured target states in,
-cross-entropy with the data's tokens, clipping, AdamW. Parameters have the names of released draft folders.
+Captured target states in, cross-entropy with the data's tokens, clipping, AdamW; the network is that of
+`specjax.weights.torch_draft`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +16,8 @@ from torch.nn import functional
 
 from specjax.config import RunConfig
 from specjax.models.dflash import DFlashConfig
+from specjax.weights.torch_draft import Attention, DraftLayers, Rotary, rotary_tables
 
-Result = TypeVar("Result")
 Variant = Literal["ranges", "dense"]
 VARIANTS: dict[Variant, str] = {
     "ranges": "keys of the context and of the own block, one softmax",
@@ -49,30 +48,35 @@ class Visible:
     mask: Tensor | None = None
 
 
-class Attention(nn.Module):
-    def __init__(self, shape: DFlashConfig):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, shape.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, shape.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, shape.rms_norm_eps)
+class Draft(DraftLayers):
+    """The draft's training forward: every block of a row at once."""
 
-    def forward(self, noise: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        """noise [b, q, d], context [b, t, d], rotary tables [b, t + q, 1, h] of all keys -> [b, q, d]."""
-        t = context.shape[1]
-        keys_in = torch.cat([context, noise], 1)
-        tables = rotary[0][:, t:], rotary[1][:, t:]
-        q = rotate(self.q_norm(self.q_proj(noise).unflatten(-1, (self.heads, -1))), tables).transpose(1, 2)
-        k = rotate(self.k_norm(self.k_proj(keys_in).unflatten(-1, (self.kv_heads, -1))), rotary).transpose(1, 2)
-        v = self.v_proj(keys_in).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        if visible.context is None:
-            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=True)
-        else:
-            out = attend_ranges(q, k, v, visible.context)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+    def __init__(self, shape: DFlashConfig, variant: Variant):
+        super().__init__(shape)
+        self.variant = variant
+
+    def forward(self, states: Tensor, noise: Tensor, anchors: Tensor) -> Tensor:
+        """states [b, t, K * d], embedded blocks [b, N * B, d], anchors [b, N] -> [b, N * B, d] after the final norm."""
+        t, size = states.shape[1], self.shape.block_size
+        context = self.context(states)
+        slots = (anchors[..., None] + torch.arange(size)).flatten(1)
+        positions = torch.cat([torch.arange(t).expand(len(states), t), slots], 1)
+        rotary = rotary_tables(positions, self.shape.head_dim, self.shape.rope.theta, noise.dtype)
+        visible = visibility(anchors, t, size, self.variant)
+        x = noise
+        for layer in self.layers:
+            x = layer.residual(x, attend(layer.self_attn, layer.input_layernorm(x), context, rotary, visible))
+        return self.norm(x)
+
+
+def attend(attention: Attention, noise: Tensor, context: Tensor, rotary: Rotary, visible: Visible) -> Tensor:
+    """noise [b, q, d], context [b, t, d], rotary tables [b, t + q, 1, h] of all keys -> [b, n, q, h]."""
+    t = context.shape[1]
+    q = attention.queries(noise, (rotary[0][:, t:], rotary[1][:, t:]))
+    k, v = attention.keys_values(torch.cat([context, noise], 1), rotary)
+    if visible.context is None:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible.mask, enable_gqa=True)
+    return attend_ranges(q, k, v, visible.context)
 
 
 def attend_ranges(q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> Tensor:
@@ -96,55 +100,6 @@ def attend_ranges(q: Tensor, k: Tensor, v: Tensor, context: Tensor) -> Tensor:
     return out.reshape(b, heads, slots, h)
 
 
-class MLP(nn.Module):
-    def __init__(self, shape: DFlashConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, shape: DFlashConfig):
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.self_attn = Attention(shape)
-        self.post_attention_layernorm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.mlp = MLP(shape)
-
-    def forward(self, x: Tensor, context: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), context, rotary, visible)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Draft(nn.Module):
-    """The draft network with full attention and default rotary embedding."""
-
-    def __init__(self, shape: DFlashConfig, variant: Variant):
-        super().__init__()
-        self.shape, self.variant = shape, variant
-        self.fc = nn.Linear(len(shape.target_layer_ids) * shape.hidden_size, shape.hidden_size, bias=False)
-        self.hidden_norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.num_hidden_layers))
-        self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-
-    def forward(self, states: Tensor, noise: Tensor, anchors: Tensor) -> Tensor:
-        """states [b, t, K * d], embedded blocks [b, N * B, d], anchors [b, N] -> [b, N * B, d] after the final norm."""
-        t, size = states.shape[1], self.shape.block_size
-        context = self.hidden_norm(self.fc(states))
-        slots = (anchors[..., None] + torch.arange(size)).flatten(1)
-        positions = torch.cat([torch.arange(t).expand(len(states), t), slots], 1)
-        rotary = rotary_tables(positions, self.shape.head_dim, self.shape.rope.theta, noise.dtype)
-        visible = visibility(anchors, t, size, self.variant)
-        x = noise
-        for layer in self.layers:
-            x = layer(x, context, rotary, visible)
-        return self.norm(x)
-
-
 def visibility(anchors: Tensor, t: int, size: int, variant: Variant) -> Visible:
     """Keys of the context strictly before the block's anchor, and those of its own `size` slots."""
     context = torch.arange(t) < anchors[..., None]
@@ -153,19 +108,6 @@ def visibility(anchors: Tensor, t: int, size: int, variant: Variant) -> Visible:
     block = torch.arange(anchors.shape[1]).repeat_interleave(size)
     own = (block[:, None] == block).expand(len(anchors), -1, -1)
     return Visible(mask=torch.cat([context.repeat_interleave(size, 1), own], -1)[:, None])
-
-
-def rotary_tables(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [b, t, 1, h] of positions [b, t]."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2).float() / head_dim)
-    angles = positions[..., None, None].float() * frequencies
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return x * tables[0] + torch.cat([-second, first], -1) * tables[1]
 
 
 class TrainStep:
@@ -180,14 +122,14 @@ class TrainStep:
         config: RunConfig,
         shape: DFlashConfig,
         variant: Variant,
-        weights: dict[str, np.ndarray],
+        weights: dict[str, Tensor],
         embedding: np.ndarray,
         head: np.ndarray,
         dtype: str,
     ):
         self.config, self.shape, self.dtype = config, shape, getattr(torch, dtype)
         self.draft = Draft(shape, variant)
-        self.draft.load_state_dict({name: torch.tensor(value) for name, value in weights.items()})
+        self.draft.load_state_dict(weights)
         self.embedding, self.head = (torch.tensor(x).to(self.dtype) for x in (embedding, head))
         settings = config.optimizer
         matrices = [p for p in self.draft.parameters() if p.ndim > 1]
@@ -236,17 +178,3 @@ def slot_weights(config: RunConfig, losses: Tensor, supervised: Tensor) -> Tenso
     slots = torch.arange(losses.shape[-1], dtype=torch.float32)
     schedule = torch.ones_like(slots) if config.gamma is None else (-slots / config.gamma).exp()
     return schedule * supervised
-
-
-def with_threads(threads: int, run: Callable[[], Result]) -> Callable[[], Result]:
-    """`run` with PyTorch on `threads` threads, whose number is restored after every call."""
-
-    def limited() -> Result:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            return run()
-        finally:
-            torch.set_num_threads(before)
-
-    return limited

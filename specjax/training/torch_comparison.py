@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +14,12 @@ from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.pytorch import thread_counts, with_threads
 from specjax.training.state import TrainState
 from specjax.training.step import Batch
 from specjax.training.stopwatch import seconds_of, spread
-from specjax.weights.key_tables import DRAFT_KEYS
-from specjax.weights.module_params import flat_params
 
 Report = dict[str, Any]
-
-
-def require_torch() -> None:
-    """Raises InputError where PyTorch is not installed."""
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            "--compare torch needs PyTorch; install the test extra: pip install 'specjax[test]'"
-        ) from error
 
 
 def check_comparable(config: RunConfig) -> None:
@@ -65,16 +53,13 @@ def torch_step(
     import torch
 
     from specjax.training.torch_baseline import Rows, TrainStep
+    from specjax.weights.torch_draft import draft_weights
 
-    weights = {}
-    for path, value in flat_params(draft).items():
-        name, transform = DRAFT_KEYS.to_file(path)
-        weights[name] = _float32(value.T if transform == "transpose" else value)
     step = TrainStep(
         config,
         draft.config,
         variant,
-        weights,
+        draft_weights(draft),
         embedding=_float32(target.embed_tokens.weight[...]),
         head=_float32(target.head_kernel().T),
         dtype=np.dtype(draft.dtype).name,
@@ -108,7 +93,7 @@ def compare_with_torch(
     the one before it, and one that is. `cpu_s` is the process's CPU time over that step: it suffers less than wall
     time from other processes. Losses and gradient norms are those of the very first step.
     """
-    from specjax.training.torch_baseline import VARIANTS, with_threads
+    from specjax.training.torch_baseline import VARIANTS
 
     host = {name: np.asarray(fetch(x))[0] for name, x in batch.items()}
     report: Report = {}
@@ -117,7 +102,7 @@ def compare_with_torch(
         step = torch_step(config, state.model, target, variant, host)
         loss, norm = step()
         by_threads = {}
-        for threads in _thread_counts():
+        for threads in thread_counts():
             limited = with_threads(threads, step)
             for _ in range(warmup):
                 limited()
@@ -152,9 +137,3 @@ def compare_with_torch(
     for variant in VARIANTS:
         report[variant]["ratio"] = report[variant]["step_s"]["median"] / report["specjax"]["step_s"]["median"]
     return report
-
-
-def _thread_counts() -> list[int]:
-    """1, 2, 4, ... and all cores of this process."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return sorted({2**i for i in range(cores.bit_length()) if 2**i <= cores} | {cores})

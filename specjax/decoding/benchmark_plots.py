@@ -1,0 +1,90 @@
+"""Reports of `specjax.decoding.benchmark` as figures; needs matplotlib, of the extra `plots`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def write_plots(reports: Mapping[str, Report], folder: Path) -> list[Path]:
+    """Writes speedup.png, acceptance_by_position.png and round.png; returns their paths.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    written = []
+    for name, draw in (("speedup", _speedup), ("acceptance_by_position", _positions), ("round", _round)):
+        figure = Figure(figsize=(7, max(4.5, 0.25 * len(reports))), layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure.subplots(), reports)
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
+
+
+def speedup_lines(reports: Mapping[str, Report]) -> Iterator[tuple[str, list[Report]]]:
+    """Data set, temperature and width as a label, and their reports by growing batch size."""
+
+    def line(report: Report) -> tuple[str, float, int]:
+        return report["data_set"], report["temperature"], report["draft_tokens"]
+
+    for (name, temperature, width), found in groupby(sorted(reports.values(), key=line), line):
+        label = f"{name}, T {temperature:g}, {width} drafts"
+        yield label, sorted(found, key=lambda report: report["batch_size"])
+
+
+def round_parts(report: Report) -> dict[str, float]:
+    """Milliseconds of a round of the decoder's loop; the rest is matching, committing and starting the program."""
+    draft, verify = 1e3 * report["draft_s"], 1e3 * report["verify_s"]
+    return {"draft": draft, "verify": verify, "rest": 1e3 * report["round_s"] - draft - verify}
+
+
+def _speedup(axes: Any, reports: Mapping[str, Report]) -> None:
+    for label, found in speedup_lines(reports):
+        sizes, speedups = [r["batch_size"] for r in found], [r["speedup_decode"] for r in found]
+        below = [r["speedup_decode"] - r["speedup_decode_range"][0] for r in found]
+        above = [r["speedup_decode_range"][1] - r["speedup_decode"] for r in found]
+        axes.errorbar(sizes, speedups, yerr=[below, above], marker="o", capsize=3, label=label)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(xlabel="batch size", ylabel="speedup, decode only", title="Speculative against autoregressive decoding")
+    axes.set_xticks(sorted({report["batch_size"] for report in reports.values()}))
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+
+
+def _positions(axes: Any, reports: Mapping[str, Report]) -> None:
+    """The widest width of every data set and temperature: which batch a prompt is in changes nothing."""
+    widest: dict[str, Report] = {}
+    for report in reports.values():
+        label = f"{report['data_set']}, T {report['temperature']:g}"
+        if label not in widest or report["draft_tokens"] > widest[label]["draft_tokens"]:
+            widest[label] = report
+    for label, report in widest.items():
+        shares = report["acceptance_by_position"]
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
+    axes.set(xlabel="draft position", ylabel="share of rounds that accept it", title="Acceptance by position")
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize="small")
+
+
+def _round(axes: Any, reports: Mapping[str, Report]) -> None:
+    """Bars of the last data set, which is their total where there are several."""
+    last = list(reports.values())[-1]["data_set"]
+    found = [r for r in reports.values() if r["data_set"] == last and r["round_s"] is not None]
+    labels = [f"T {r['temperature']:g}, batch {r['batch_size']}, {r['draft_tokens']} drafts" for r in found]
+    left = [0.0] * len(found)
+    for part in ("draft", "verify", "rest"):
+        sizes = [round_parts(report)[part] for report in found]
+        axes.barh(labels, sizes, left=left, height=0.6, label=part)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    axes.plot([1e3 * r["ar_step_s"] for r in found], labels, "k|", markersize=14, label="autoregressive step")
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=f"A round of {last}")
+    axes.figure.legend(loc="outside lower center", ncols=4, fontsize="small")
