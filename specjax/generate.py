@@ -144,7 +144,7 @@ def _answers(
     args: argparse.Namespace, models: Models, prompts: list[list[int]], settings: dict[str, Any]
 ) -> Iterator[Answer]:
     from specjax.decoding import generate
-    from specjax.decoding.text import StopStrings, answer_text
+    from specjax.decoding.text import StopStrings, text_until_stop
 
     strings = StopStrings.build(args.stop, models.tokenizer)
     for first in range(0, len(prompts), args.batch_size):
@@ -158,7 +158,7 @@ def _answers(
             answer: Answer = {"prompt": first + index, "sample": sample, "prompt_tokens": len(batch[index])}
             answer |= {"tokens": tokens, "rounds": rounds}
             if models.tokenizer is not None:
-                answer["text"] = answer_text(models.tokenizer, tokens, strings)
+                answer["text"] = text_until_stop(models.tokenizer, tokens, strings)
             if rounds:
                 widths = generation.draft_tokens[row]
                 answer |= {"draft_tokens": widths} | _acceptance(rounds, widths)

@@ -33,8 +33,8 @@ def differences(
     prompt, position: where (of the data set, of the answer, from 0). ar_token, speculative_token: None past an
     answer's end. top_tokens: the two that the target likes best after the shared tokens, in one pass without a cache.
     gap: how much better it scores the first. relative_gap: of the scores' range. A gap of rounding size is a tie, any
-    other a bug; None where there is no second token. sampling: `Batch.with_sampling`'s arguments but for the seeds, and the
-    first prompt's `seed`; scores are then those whose greatest is drawn, noise included. batch_size: rows a pass.
+    other a bug; None where there is no second token. sampling: `Batch.with_sampling`'s arguments but for the seeds, and
+    the first prompt's `seed`; scores are then those whose greatest is drawn, noise included. batch_size: rows a pass.
     """
     parting = [(i, _first_difference(a, b)) for i, (a, b) in enumerate(zip(plain, drafted, strict=True)) if a != b]
     reports = []

@@ -69,7 +69,7 @@ class TextStream:
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
         """What `tokens`, which follow those added before, make certain; all of it where they are the last."""
         self._tokens += tokens
-        text = answer_text(self._tokenizer, self._tokens, self._strings)
+        text = text_until_stop(self._tokenizer, self._tokens, self._strings)
         end = len(text)
         if not last:
             end = len(text.rstrip(UNFINISHED))
@@ -80,7 +80,7 @@ class TextStream:
         return piece
 
 
-def answer_text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: StopStrings | None) -> str:
+def text_until_stop(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: StopStrings | None) -> str:
     """Text without special tokens, up to a stop string."""
     text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     return text if strings is None else strings.cut(text)
