@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"--batch-size is {args.batch_size}; give at least 1")
     if args.stream and args.jsonl:
         raise InputError("--stream prints text as it comes; leave --jsonl out, or --stream")
-    chats = None if args.chat is None else [_chat(text) for text in args.chat]
+    chats = None if args.chat is None else [_chat(text, f"--chat {i}") for i, text in enumerate(args.chat, 1)]
     settings = sampling_settings(args) | _draft_settings(args)
     with decoding_mesh(args):
         models = load_models(args)
@@ -72,17 +72,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chat(text: str) -> list[dict[str, Any]]:
-    shown = "--chat"
+def _chat(text: str, origin: str) -> list[dict[str, Any]]:
+    from specjax.data.conversations import Conversation, parse_record
+
     if text == "-":
-        text, shown = sys.stdin.read(), "--chat -, on stdin"
+        text, origin = sys.stdin.read(), f"{origin}, on stdin"
     try:
         messages = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{shown}: {text[:60]!r} is not JSON: {error}") from error
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise InputError(f"{shown}: {text[:60]!r} is not a list of messages; give objects with role and content")
-    return messages
+        raise InputError(f"{origin}: {text[:60]!r} is not JSON: {error}") from error
+    record = parse_record({"messages": messages}, origin)
+    assert isinstance(record, Conversation)
+    return list(record.messages)
 
 
 def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def _answers(
     args: argparse.Namespace, models: Models, prompts: list[list[int]], settings: dict[str, Any]
 ) -> Iterator[Answer]:
     from specjax.decoding import generate
-    from specjax.decoding.text import StopStrings, text_until_stop
+    from specjax.decoding.text import StopStrings, final_text
 
     strings = StopStrings.build(args.stop, models.tokenizer)
     for first in range(0, len(prompts), args.batch_size):
@@ -158,7 +159,7 @@ def _answers(
             answer: Answer = {"prompt": first + index, "sample": sample, "prompt_tokens": len(batch[index])}
             answer |= {"tokens": tokens, "rounds": rounds}
             if models.tokenizer is not None:
-                answer["text"] = text_until_stop(models.tokenizer, tokens, strings)
+                answer["text"] = final_text(tokens, models.stop_token_ids, models.tokenizer, strings)
             if rounds:
                 widths = generation.draft_tokens[row]
                 answer |= {"draft_tokens": widths} | _acceptance(rounds, widths)
@@ -189,7 +190,7 @@ def _stream(args: argparse.Namespace, models: Models, prompts: list[list[int]], 
     for i, prompt in enumerate(prompts):
         if len(prompts) > 1:
             print(f"[{i + 1}/{len(prompts)}]")
-        text = TextStream(models.tokenizer, strings)
+        text = TextStream(models.tokenizer, models.stop_token_ids, strings)
         stream = Stream(models.target, [prompt], models.draft, seed=args.seed + i, **settings)
         for (tokens,) in stream:
             print(text.add(tokens), end="", flush=True)

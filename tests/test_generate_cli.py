@@ -160,19 +160,26 @@ def test_text_pieces_wait_for_whole_characters_and_stop_strings() -> None:
     """Bytes of one character in three tokens; a stop string that begins three times and comes once."""
 
     class Bytes:
-        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        def decode(self, tokens: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
+            assert (skip_special_tokens, clean_up_tokenization_spaces) == (True, False)
             return bytes(tokens).decode("utf-8", errors="replace")
 
-    stops = StopStrings.build(["stop"], Bytes())
-    for text, shown in (("a€b", "a€b"), ("so st sto€ stop it", "so st sto€ "), ("st", "st"), ("", "")):
-        stream = TextStream(Bytes(), stops)
+    stops = StopStrings.build(["stop", "STé"], Bytes())
+    for text, shown in (
+        ("a€b", "a€b"),
+        ("ab STé x", "ab "),
+        ("so st sto€ stop it", "so st sto€ "),
+        ("st", "st"),
+        ("", ""),
+    ):
+        stream = TextStream(Bytes(), [], stops)
         pieces = [stream.add([byte]) for byte in text.encode()]
         for i, piece in enumerate(pieces):
             assert "\ufffd" not in piece
             assert shown.startswith("".join(pieces[: i + 1]))
         assert "".join(pieces) + stream.add([], last=True) == shown
         assert "".join(pieces) == shown or text == "st"
-    stream = TextStream(Bytes(), None)
+    stream = TextStream(Bytes(), [], None)
     assert [stream.add([byte]) for byte in "x€".encode()] == ["x", "", "", "€"]
 
 
@@ -296,6 +303,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no new tokens": ({"max-new-tokens": 0}, "max_new_tokens is 0; give at least 1"),
     "no width": ({"draft": "draft", "draft-tokens": "all"}, "--draft-tokens is 'all'; give a number or auto"),
     "a width without a draft": ({"draft-tokens": "auto"}, "draft_tokens is auto, but there is no draft"),
+    "no chat": ({"chat": '[{"content": "hi"}]'}, "error: --chat 1: messages[0]"),
+    "no messages": ({"chat": "{}"}, "error: --chat 1: field messages is"),
     "no samples": ({"samples": 0}, "samples is 0; give at least 1"),
     "equal samples": ({"samples": 2}, "samples is 2, but temperature 0 is greedy"),
     "a rule for nothing": ({"rule": "block"}, "rule is block, but temperature 0 is greedy"),
@@ -325,7 +334,7 @@ def broken(folder: Path) -> Path:
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named(mistake: str, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes, message = MISTAKES[mistake]
-    options = {"target": "target", "prompt": "hi"} | changes
+    options = {"target": "target"} | ({} if "chat" in changes else {"prompt": "hi"}) | changes
     folders = {name: str(broken / options[name]) for name in ("target", "draft") if name in options}
     if mistake == "no target":
         folders = {"target": options["target"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -36,7 +36,8 @@ class AutoWidth:
     """
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[int, int], Seconds] = {}
+        self.seconds: dict[Hashable, Seconds] = {}
+        self.saved = 0.0  # of the budget, in rounds without drafts; over all calls, for one may be too short to try
         self._tried = np.zeros(0)
         self._kept = np.zeros(0)
 
@@ -46,11 +47,8 @@ class AutoWidth:
         most = block_size - 1
         return (0, *(2**k - 1 for k in range(1, 31) if 2**k - 1 < most), most)
 
-    def times(
-        self, rows: int, capacity: int, block_size: int, measure: Callable[[tuple[int, ...]], Seconds]
-    ) -> Seconds:
-        """Seconds of a round for every width, measured once for each number of rows and capacity."""
-        key = rows, capacity
+    def times(self, key: Hashable, block_size: int, measure: Callable[[tuple[int, ...]], Seconds]) -> Seconds:
+        """Seconds of a round for every width, measured once a `key`: all that a round's costs depend on."""
         if key not in self.seconds:
             self.seconds[key] = measure(self.widths(block_size))
         return self.seconds[key]
@@ -89,11 +87,21 @@ class Choice:
 
     def __init__(self, auto: AutoWidth, seconds: Seconds):
         self._auto, self._seconds = auto, seconds
-        self._saved = 0.0
         self._first = True
+        self._step = Step(0, 0)  # what is left of what was decided last
 
-    def next(self) -> Step:
-        """Drafts of the next rounds, and how many of these."""
+    def next(self, at_most: int) -> Step:
+        """Drafts of the next rounds, and how many of these: `at_most`, or fewer."""
+        if not self._step.rounds:
+            self._step = self._decided()
+        width, left = self._step
+        taken = min(at_most, left)
+        self._step = Step(width, left - taken)
+        if not width:
+            self._auto.saved += BUDGET * taken
+        return Step(width, taken)
+
+    def _decided(self) -> Step:
         plain, widths = self._seconds[0], [n for n in self._seconds if n]
         expected = {n: self._auto.expected_tokens(n) for n in widths}
         rates = {n: 1.0 if tokens is None else tokens / self._seconds[n] * plain for n, tokens in expected.items()}
@@ -101,11 +109,10 @@ class Choice:
         first, self._first = self._first, False
         if rates[best] >= 1:
             return Step(best, FIRST_ROUNDS if first else DRAFT_ROUNDS)
-        risk = PROBE_ROUNDS * max(self._seconds[best] - plain, 0.0)
-        if self._saved >= risk:
-            self._saved -= risk
+        risk = PROBE_ROUNDS * max(self._seconds[best] / plain - 1, 0.0)
+        if self._auto.saved >= risk:
+            self._auto.saved -= risk
             return Step(best, PROBE_ROUNDS)
-        self._saved += BUDGET * PLAIN_ROUNDS * plain
         return Step(0, PLAIN_ROUNDS)
 
 

@@ -52,8 +52,9 @@ class Batch:
         samples: int = 1,
     ) -> Batch:
         padded = -(-len(prompts) // axis_size(*BATCH)) * axis_size(*BATCH)
-        bucket = _bucket(max(map(len, prompts)), PROMPT_BUCKET)
-        max_rounds = _bucket(max(new_tokens), NEW_TOKENS_BUCKET)
+        context = target.config.max_position_embeddings
+        bucket = _bucket(max(map(len, prompts)), PROMPT_BUCKET, context)
+        max_rounds = _bucket(max(new_tokens), NEW_TOKENS_BUCKET, context)
         ids = np.zeros((padded, bucket), np.int32)
         length, total = np.zeros(padded, np.int32), np.zeros(padded, np.int32)
         stop = np.full((padded, _bucket(max(1, *map(len, stops)), STOPS_BUCKET)), -1, np.int32)
@@ -114,9 +115,14 @@ class Batch:
         )
 
 
-def _bucket(size: int, smallest: int) -> int:
-    """The least smallest * 2^k that holds `size`."""
+def _bucket(size: int, smallest: int, most: int | None = None) -> int:
+    """The least smallest * 2^k that holds `size`; beyond a chunk in whole chunks, also three quarters of such a size,
+    and not more than `most` needs."""
     bucket = smallest
     while bucket < size:
         bucket *= 2
-    return bucket
+    if bucket <= PREFILL_CHUNK:
+        return bucket
+    sizes = [bucket // 4 * 3, bucket] + ([] if most is None else [most])
+    chunks = (-(-n // PREFILL_CHUNK) * PREFILL_CHUNK for n in sizes)
+    return min(n for n in chunks if n >= size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.flat import Flat
 from specjax.decoding.inputs import (
     Ids,
+    check_auto,
     check_draft_tokens,
     check_limits,
     check_logit_mask,
@@ -157,6 +158,7 @@ class Stream:
         check_models(target, self._drafter)
         self._width = check_draft_tokens(self._drafter, draft_tokens)
         check_tree(target, self._width, tree_nodes, rule, draft_choice)
+        check_auto(self._width, rule)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
         seeds = check_seeds(len(rows), samples, seed)
@@ -173,6 +175,7 @@ class Stream:
         self._round = 0
         self._widths: list[int] = []  # of every round of the loop
         self._prefill_seconds = self._decode_seconds = 0.0
+        self._shown = [0] * (len(rows) * samples)  # tokens that iterating has given
         with mesh_scope(), matmul_precision(target.dtype):
             self._mesh = jax.sharding.get_mesh()
             if not rows:
@@ -185,7 +188,7 @@ class Stream:
             self._searched = [0] * len(batch.lengths)  # tokens without one
             self._choice = None
             if isinstance(self._width, AutoWidth):
-                seconds = self._width.times(batch.rows, batch.capacity, block_size, self._measured)
+                seconds = self._width.times(self._costs_key(), block_size, self._measured)
                 self._choice = self._width.start(seconds)
             started = time.perf_counter()
             self._state = jax.block_until_ready(self._batch.prefill(*self._flat))
@@ -194,11 +197,10 @@ class Stream:
     def __iter__(self) -> Iterator[list[list[int]]]:
         if self._progress is None:
             self._look()
-        shown = [0] * len(self._rows())
         while True:
-            rows = self._rows()
+            rows, shown = self._rows(), self._shown
+            self._shown = [len(row) for row in rows]
             yield [row[n:] for row, n in zip(rows, shown, strict=True)]
-            shown = [len(row) for row in rows]
             if self._finished():
                 return
             self._step(self._rounds_a_step)
@@ -236,8 +238,7 @@ class Stream:
         width = self._width
         with jax.set_mesh(self._mesh), matmul_precision(self._target.dtype):
             if self._choice is not None:
-                width, most = self._choice.next()
-                rounds = min(rounds, most)
+                width, rounds = self._choice.next(rounds)
             assert isinstance(width, int)
             started = time.perf_counter()
             self._state = self._run(self._state, self._batch, width, self._round + rounds)
@@ -268,6 +269,8 @@ class Stream:
             )
         if self._strings is not None:
             self._end_at_strings(self._strings)
+        if self._finished():
+            del self._state  # the caches
 
     def _end_at_strings(self, strings: StopStrings) -> None:
         assert self._progress is not None
@@ -281,6 +284,11 @@ class Stream:
             with jax.set_mesh(self._mesh):
                 self._state = replace(self._state, done=self._state.done | put(ended, SPECS.act_b))
             self._progress = replace(self._progress, done=self._progress.done | ended[: len(self._progress.done)])
+
+    def _costs_key(self) -> Hashable:
+        """What the seconds of a round depend on, but for the number of drafts."""
+        structures = [flat.structure for flat in self._flat] + [jax.tree.structure(self._batch.sampling)]
+        return self._batch.rows, self._batch.capacity, self._drafting, self._mesh, *structures
 
     def _measured(self, widths: tuple[int, ...]) -> Seconds:
         """Seconds of a round of each width, on rows that do not end."""

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Sequence
 from numbers import Integral, Real
 
+import jax
 import numpy as np
 import numpy.typing as npt
 
@@ -147,6 +148,8 @@ def check_logit_mask(prompts: int, vocab_size: int, mask: npt.ArrayLike | None) 
 
 def check_models(target: Decoder, drafter: Drafter | None) -> None:
     """Raises InputError for a target that cannot verify and a draft that was not trained for it."""
+    if drafter is not None and not hasattr(drafter, "draft_logits"):
+        raise InputError(f"the draft is {drafter!r}; load it first, with load_draft")
     if not target.config.causal:
         raise InputError(
             "the target is bidirectional (causal=False) and cannot verify tokens; give an autoregressive one"
@@ -169,9 +172,24 @@ def check_draft_tokens(drafter: Drafter | None, draft_tokens: int | AutoWidth | 
         return draft_tokens
     most = drafter.block_size - 1
     width = most if draft_tokens is None else draft_tokens
+    if isinstance(width, bool) or not isinstance(width, Integral):
+        raise InputError(f"draft_tokens is {width!r}; give an integer or an AutoWidth")
     if not 1 <= width <= most:
         raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {most}")
     return width
+
+
+def check_auto(draft_tokens: int | AutoWidth, rule: str) -> None:
+    """Raises InputError where a width that is chosen by time would change what is drawn, or differ by process."""
+    if not isinstance(draft_tokens, AutoWidth):
+        return
+    if rule != "match":
+        raise InputError(
+            f"rule is {rule}, but draft_tokens is auto: where rounds begin decides what {rule} draws, and would depend "
+            "on the machine's speed; give match, or a number of draft tokens"
+        )
+    if jax.process_count() > 1:
+        raise InputError("draft_tokens is auto, which every process would choose by itself; give a number")
 
 
 def check_tree(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from specjax.decoding.drafter import Drafter
 from specjax.decoding.flat import Flat, whole
-from specjax.decoding.sampling import Sampling, choose
+from specjax.decoding.sampling import Sampling, choose, masked
 from specjax.decoding.target_pass import Verified, verify_chain, verify_tree
 from specjax.decoding.tree import draft_tree
 from specjax.decoding.verify import propose
@@ -227,7 +227,7 @@ def _round(
     if drafter is not None and drafting.draft_tokens:
         logits = drafter.draft_logits(state.drafter, target, known, length, drafting.draft_tokens)
     if logits is not None and drafting.tree_nodes:
-        tree = draft_tree(known, logits, drafting.tree_nodes)
+        tree = draft_tree(known, masked(logits, sampling), drafting.tree_nodes)
         verified = verify_tree(target, tap_ids, tree, length, done, state.cache, sampling)
     else:
         if logits is not None:

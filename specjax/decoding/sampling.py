@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from specjax.models.sharding import BATCH
+from specjax.models.sharding import BATCH, SPECS
 
+EXCLUDED = -1e30
 TARGET_DRAWS, DRAFT_DRAWS, ACCEPTANCE_DRAWS = range(3)  # purposes
 
 
@@ -56,6 +57,14 @@ def greedy(logits_btv: jax.Array, sampling: Sampling | None) -> jax.Array:
         return jnp.argmax(processed(logits_tv, sampling), axis=-1).astype(jnp.int32)
 
     return by_row(row, replace(sampling, temperature=None), logits_btv, out_ndim=2)
+
+
+def masked(logits_btv: jax.Array, sampling: Sampling | None) -> jax.Array:
+    """Logits, those of tokens that are not allowed far below all others, but finite. The vocabulary stays split."""
+    if sampling is None or sampling.allowed is None:
+        return logits_btv
+    allowed = jax.reshard(sampling.allowed, P(BATCH, SPECS.act_btv[2]))
+    return jnp.where(allowed[:, None], logits_btv, EXCLUDED)
 
 
 def by_row(

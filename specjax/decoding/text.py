@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from specjax.data.prompts import answer_text
 from specjax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+UNFINISHED = "\ufffd"  # what tokenizers make of a character whose last bytes are still to come
+
 
 @dataclass(frozen=True)
 class StopStrings:
-    """An answer ends with the first token whose text completes one of `strings`.
-
-    Raises:
-        InputError: an empty string, or no tokenizer to make text of tokens.
-    """
+    """An answer ends with the first token whose text completes one of `strings`."""
 
     strings: tuple[str, ...]
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def build(cls, strings: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> StopStrings | None:
-        """None where there are no strings."""
+        """None where there are no strings. Raises InputError for an empty one, and without a tokenizer."""
         if isinstance(strings, str):
             raise InputError(f"stop_strings is {strings!r}; give a list of strings")
         if not strings:
@@ -47,40 +46,50 @@ class StopStrings:
         """Text up to the first of the strings, which is left out."""
         return text[: min((at for string in self.strings if (at := text.find(string)) >= 0), default=len(text))]
 
+    def begun(self, text: str) -> int:
+        """Where in `text` the earliest of the strings begins that may be completed by what follows; else its end."""
+        starts = [len(text)]
+        for string in self.strings:
+            tails = range(max(0, len(text) - len(string) + 1), len(text))
+            starts.append(next((i for i in tails if string.startswith(text[i:])), len(text)))
+        return min(starts)
+
     def _in(self, tokens: Sequence[int]) -> bool:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = answer_text(tokens, (), self.tokenizer)
         return any(string in text for string in self.strings)
 
 
-UNFINISHED = "\ufffd"  # what tokenizers make of a character whose last bytes are still to come
-
-
 class TextStream:
-    """The text of a growing answer, a piece at a time; the pieces joined are the text of the whole answer.
+    """The text of a growing answer, a piece at a time; the pieces joined are `final_text` of the whole answer.
 
     Held back are a character of which bytes are missing, and what may be the beginning of a stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: StopStrings | None) -> None:
-        self._tokenizer, self._strings = tokenizer, strings
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Collection[int], strings: StopStrings | None
+    ) -> None:
+        self._tokenizer, self._stop_token_ids, self._strings = tokenizer, stop_token_ids, strings
         self._tokens: list[int] = []
         self._shown = 0
 
     def add(self, tokens: Sequence[int], last: bool = False) -> str:
         """What `tokens`, which follow those added before, make certain; all of it where they are the last."""
         self._tokens += tokens
-        text = text_until_stop(self._tokenizer, self._tokens, self._strings)
-        end = len(text)
+        text = final_text(self._tokens, self._stop_token_ids, self._tokenizer, self._strings)
         if not last:
-            end = len(text.rstrip(UNFINISHED))
-            for string in self._strings.strings if self._strings else ():
-                end = min(end, next(i for i in range(len(text) + 1) if string.startswith(text[i:])))
-        piece = text[self._shown : end]
-        self._shown = max(self._shown, end)
+            text = text.rstrip(UNFINISHED)
+            text = text if self._strings is None else text[: self._strings.begun(text)]
+        piece = text[self._shown :]
+        self._shown = max(self._shown, len(text))
         return piece
 
 
-def text_until_stop(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], strings: StopStrings | None) -> str:
-    """Text without special tokens, up to a stop string."""
-    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+def final_text(
+    tokens: Sequence[int],
+    stop_token_ids: Collection[int],
+    tokenizer: PreTrainedTokenizerBase,
+    strings: StopStrings | None,
+) -> str:
+    """Text without special tokens and the stop token, up to a stop string."""
+    text = answer_text(tokens, stop_token_ids, tokenizer)
     return text if strings is None else strings.cut(text)

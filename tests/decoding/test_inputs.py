@@ -11,10 +11,12 @@ import pytest
 
 from specjax import generate
 from specjax.decoding import AutoWidth
+from specjax.decoding.batch import PREFILL_CHUNK, Batch
 from specjax.decoding.loop import decode, prefill
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.sharding import mesh_scope
 from tests.decoding.tiny import FULL, TARGET, random_draft, random_target
 
 PROMPT = [1, 2, 3]
@@ -110,6 +112,22 @@ def test_draft_tokens_must_fit_the_block(
     refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
 
 
+@pytest.mark.parametrize("draft_tokens", ["auto", 2.5, True])
+def test_draft_tokens_are_an_integer(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, draft_tokens: Any
+) -> None:
+    message = f"draft_tokens is {draft_tokens!r}; give an integer or an AutoWidth"
+    refused(caplog, message, target, [PROMPT], draft, draft_tokens=draft_tokens)
+
+
+def test_a_width_chosen_by_time_may_not_change_what_is_drawn(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = "rule is block, but draft_tokens is auto: .* give match, or a number of draft tokens"
+    refused(caplog, message, target, [PROMPT], draft, draft_tokens=AutoWidth(), rule="block", temperature=1.0)
+    refused(caplog, "the draft is 'runs/x'; load it first, with load_draft", target, [PROMPT], "runs/x")
+
+
 @pytest.mark.parametrize("tree_nodes", [0, 1, 97, 2.5])
 def test_a_tree_must_hold_the_drafts_of_a_round_and_have_a_size(
     target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture, tree_nodes: Any
@@ -157,3 +175,17 @@ def test_a_bidirectional_target_is_refused(caplog: pytest.LogCaptureFixture) -> 
 def test_the_whole_context_may_be_used(target: Decoder) -> None:
     answer = generate(target, [np.arange(60)], max_new_tokens=100).tokens[0]
     assert len(answer) == 100
+
+
+def test_caches_are_hardly_longer_than_the_context() -> None:
+    """Long prompts and answers: in whole chunks of a prefill."""
+    context = 5000
+    config = dataclasses.replace(TARGET, max_position_embeddings=context)
+    for prompt, new in ((1, 1), (64, 65), (1025, 2049), (3000, 1000), (4900, 100)):
+        with mesh_scope():
+            batch = Batch.build(random_target(0, config), [[1] * prompt], [new], [[]], 8)
+        assert batch.prompts.shape[1] >= prompt
+        assert batch.max_rounds >= new
+        assert batch.prompts.shape[1] % min(batch.prompts.shape[1], PREFILL_CHUNK) == 0
+        assert batch.capacity <= max(2 * (prompt + new) + 128, prompt + new + 3 * PREFILL_CHUNK)
+        assert batch.prompts.shape[1] <= context + PREFILL_CHUNK

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from specjax.decoding import AutoWidth, DFlashDrafter, Stream, generate
-from specjax.decoding import auto_width as auto
 from specjax.decoding import batch as batches
 from specjax.decoding.auto_width import Choice, Step
 from specjax.decoding.batch import Batch
@@ -26,8 +25,10 @@ HOT = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 class Letters:
     """A tokenizer: every token is one to three letters, token 0 is special and has none."""
 
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
+    def decode(
+        self, tokens: list[int], skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        assert (skip_special_tokens, clean_up_tokenization_spaces) == (True, False)
         return "".join("" if t == 0 else chr(97 + t % 26) * (1 + t % 3) for t in tokens)
 
 
@@ -63,6 +64,7 @@ def test_a_stream_leaves_the_mesh_alone_and_can_be_finished(case: Cases) -> None
         if len(seen) == 3:
             break
     assert [len(piece[0]) for piece in seen] == [1, 4, 4]
+    assert [len(pieces[0]) for pieces in stream] == [0, 4, 4, 3]  # goes on where it was left
     assert stream.result().tokens == [answer[:20] for answer in answers]
     assert list(Stream(target, [], None)) == [[]]
 
@@ -74,11 +76,11 @@ def test_stop_strings_end_answers_at_the_token_that_completes_them(
     """Strings inside a token, across two, none, and in the first token; the reference searches prefix by prefix."""
     target, prompts, answers = case(0, 3)
     tokenizer = Letters()
-    text = tokenizer.decode(answers[0][:56], True)
-    strings = [text[20:24], tokenizer.decode(answers[1][:1], True), "?"]
+    text = tokenizer.decode(answers[0][:56])
+    strings = [text[20:24], tokenizer.decode(answers[1][:1]), "?"]
 
     def end(answer: list[int]) -> int:
-        found = (n for n in range(57) if any(s in tokenizer.decode(answer[:n], True) for s in strings))
+        found = (n for n in range(57) if any(s in tokenizer.decode(answer[:n]) for s in strings))
         return next(found, 56)
 
     ends = [end(answer) for answer in answers]
@@ -156,7 +158,7 @@ def test_a_width_may_change_and_drafts_recover_after_plain_rounds(case: Cases, m
     forced = [Step(0, 16), Step(7, 2), Step(0, 3), Step(3, 2), Step(1, 4)]
     steps = itertools.chain(forced, itertools.repeat(Step(7, 8)))
     monkeypatch.setattr(Stream, "_measured", lambda self, widths: dict.fromkeys(widths, 1.0))
-    monkeypatch.setattr(Choice, "next", lambda self: next(steps))
+    monkeypatch.setattr(Choice, "_decided", lambda self: next(steps))
     with mesh_scope():
         drafter = drafter_for(case, 3, rate=0.0)
         found = generate(target, prompts, drafter, 56, draft_tokens=AutoWidth())
@@ -172,7 +174,8 @@ def test_a_width_may_change_and_drafts_recover_after_plain_rounds(case: Cases, m
 class Clock:
     """A machine and prompts of known costs and acceptance, to decode `tokens` tokens with what `Choice` says."""
 
-    def __init__(self, seconds: dict[int, float], acceptance: list[float], seed: int = 0):
+    def __init__(self, seconds: dict[int, float], acceptance: list[float], seed: int = 0, at_most: int = 99):
+        self.at_most = at_most
         self.seconds, self.acceptance, self.rng = seconds, acceptance, np.random.default_rng(seed)
         self.auto = AutoWidth()
         self.used: list[int] = []
@@ -181,7 +184,7 @@ class Clock:
         """Seconds of a call."""
         choice, spent, made = self.auto.start(self.seconds), 0.0, 0
         while made < tokens:
-            width, rounds = choice.next()
+            width, rounds = choice.next(self.at_most)
             advanced = []
             for _ in range(rounds):
                 if made >= tokens:
@@ -198,8 +201,9 @@ class Clock:
 COSTS = {0: 1.0, 1: 1.35, 3: 1.5, 7: 1.75}
 
 
-def test_hopeless_drafts_cost_little() -> None:
-    clock = Clock(COSTS, [0.02] * 7)
+@pytest.mark.parametrize("at_most", [99, 1], ids=["slices", "a round a step"])
+def test_hopeless_drafts_cost_little(at_most: int) -> None:
+    clock = Clock(COSTS, [0.02] * 7, at_most=at_most)
     assert clock.decode(200) < 1.05 * 200
     assert sum(clock.decode(200) for _ in range(20)) < 1.05 * 200 * 20
 
@@ -224,23 +228,35 @@ def test_drafting_comes_back_when_it_pays_again() -> None:
     assert np.mean(np.array(clock.used[-50:]) == 7) > 0.9
 
 
+def test_drafting_comes_back_in_calls_that_are_short() -> None:
+    """No call alone is long enough to save what a try may cost."""
+    clock = Clock({0: 1.0, 1: 1.6, 3: 1.8, 7: 2.0}, [0.0] * 7)
+    clock.decode(400)
+    clock.acceptance = [0.95] * 7
+    for _ in range(20):
+        clock.decode(64)
+    assert np.mean(np.array(clock.used[-50:]) == 7) > 0.9
+
+
 def test_widths_of_a_block() -> None:
     assert AutoWidth.widths(16) == (0, 1, 3, 7, 15)
     assert AutoWidth.widths(10) == (0, 1, 3, 7, 9)
     assert AutoWidth.widths(2) == (0, 1)
 
 
-def test_times_are_measured_once_a_shape(case: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_measured_once_a_shape(case: Cases) -> None:
     target, prompts, answers = case(0, 3)
     width = AutoWidth()
     for _ in range(2):
         found = generate(target, prompts, random_draft(0, FULL), 40, draft_tokens=width)
         assert found.tokens == [answer[:40] for answer in answers]
+    generate(target, prompts, random_draft(1, FULL), 40, draft_tokens=width)
     (seconds,) = width.seconds.values()
     assert list(seconds) == [0, 1, 3]
     assert min(seconds.values()) > 0
-    monkeypatch.setattr(auto, "median_seconds", None)  # would raise
-    generate(target, prompts, random_draft(0, FULL), 30, draft_tokens=width)
+    for options in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"logit_mask": [True] * TARGET.vocab_size}):
+        generate(target, prompts, random_draft(0, FULL), 4, draft_tokens=width, **options)
+    assert len(width.seconds) == 4
 
 
 def test_masked_tokens_never_come() -> None:
@@ -263,6 +279,20 @@ def test_masked_tokens_never_come() -> None:
     assert one.tokens == generate(target, prompts, max_new_tokens=20, logit_mask=mask).tokens[:1]
     everything = np.ones(TARGET.vocab_size, bool)
     assert generate(target, prompts, max_new_tokens=20, logit_mask=everything).tokens == free.tokens
+
+
+def test_forbidden_drafts_make_room_for_allowed_ones() -> None:
+    """In a chain and in a tree of one node: what the draft likes best may not come, and what it likes next is right."""
+    target, prompts = random_target(3), random_prompts(3, 1)
+    mask = np.arange(TARGET.vocab_size) % 2 == 0
+    answers = generate(target, prompts, max_new_tokens=20, logit_mask=mask).tokens
+    table = proposals(prompts, answers, 0.0, 0, TARGET.vocab_size)
+    each = np.eye(TARGET.vocab_size, dtype=np.float32)
+    with mesh_scope():
+        drafter = oracle(each[table] + 2 * each[table + 1], 2)
+        for nodes in (None, 1):
+            found = generate(target, prompts, drafter, 20, logit_mask=mask, tree_nodes=nodes)
+            assert (found.tokens, found.rounds) == (answers, [[2] * 10])
 
 
 def test_weights_that_are_not_finite_are_named_by_their_prompt() -> None:
