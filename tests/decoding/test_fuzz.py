@@ -26,7 +26,7 @@ from tests.decoding.tiny import DRAFTS, OTHER_TARGETS, TARGET, all_logits, rando
 
 PROMPT, NEW = batches.PROMPT_BUCKET, batches.NEW_TOKENS_BUCKET  # the most of one bucket
 VOCAB = TARGET.vocab_size
-CASES_A_PROMPT = 4  # with other limits, stops and drafts: their answers, which drafts are made of, are decoded once
+CASES_A_PROMPT = 3  # with other limits, stops and drafts: their answers, which drafts are made of, are decoded once
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,15 @@ class Call:
 
 
 def random_call(rng: np.random.Generator, combination: Combination) -> Call:
-    """Without stops, and with the greatest limits."""
+    """Without stops, with the greatest limits, and with a first prompt that fills its bucket."""
     count = combination.prompts
-    lengths = rng.choice([1, 2, 15, 16, 17, 33, PROMPT - 1, *rng.integers(1, PROMPT, 8), *[PROMPT] * 5], count)
+    lengths = rng.choice([1, 2, 15, 16, 17, 33, PROMPT - 1, *rng.integers(1, PROMPT, 8)], count)
     masks = None
     if combination.masked:
         masks = rng.random((count, VOCAB)) < rng.choice([0.05, 0.3, 0.9, 1.0], (count, 1))
         masks[np.arange(count), rng.integers(0, VOCAB, count)] = True
     drawn = combination.drawn
+    lengths[0] = PROMPT
     return Call(
         prompts=[rng.integers(0, VOCAB, n).tolist() for n in lengths],
         limits=[NEW] * count,
@@ -121,18 +122,20 @@ def random_call(rng: np.random.Generator, combination: Combination) -> Call:
         seeds=rng.integers(0, rng.choice([3, 2**32]), (count, combination.samples)),
         masks=masks,
         temperature=float(rng.choice([0.2, 0.6, 1.0, 1.7])) if drawn else 0.0,
-        top_k=int(rng.choice([1, 2, 5, 20, VOCAB, 1000])) if drawn else None,
-        top_p=float(rng.choice([0.01, 0.5, 0.9, 0.999])) if drawn else None,
+        top_k=int(rng.choice([1, 2, 5, 20, 50, VOCAB, 1000])) if drawn else None,
+        top_p=float(rng.choice([0.05, 0.5, 0.9, 0.95, 0.999])) if drawn else None,
     )
 
 
 def with_ends(rng: np.random.Generator, call: Call, answers: list[list[int]]) -> Call:
     """The call with random limits and stops, some of which are in the answers of the prompts' first samples."""
-    limits = rng.choice([1, 2, 3, *rng.integers(4, NEW, 6), NEW - 1, *[NEW] * 5], len(call.prompts)).tolist()
+    limits = rng.choice([1, 2, 3, *rng.integers(4, NEW, 6), NEW - 1, NEW], len(call.prompts)).tolist()
     stops = [rng.integers(0, VOCAB, n).tolist() for n in rng.choice([0, 0, 1, 2, 4], len(call.prompts))]
     for stop, answer in zip(stops, answers[:: call.seeds.shape[1]], strict=True):
         if rng.random() < 0.4:
             stop[:1] = [answer[rng.choice([0, 1, 2, 20, 40])]]
+    if rng.random() < 0.5:  # prompt 0 fills its bucket: so do its answers, and drafts go past the end
+        limits[0], stops[0] = NEW, []
     return replace(call, limits=limits, stops=stops)
 
 
@@ -282,7 +285,7 @@ def run_case(runner: Runner, seed: int) -> set[int]:
     combination, rng = runner.combination, np.random.default_rng(seed)
     call, answers = runner.prompts(seed // CASES_A_PROMPT)
     call = with_ends(rng, call, answers)
-    table = runner.table(call, answers, float(rng.choice([0.0, 0.1, 0.4])), seed)
+    table = runner.table(call, answers, float(rng.choice([0.0, 0.05, 0.15, 0.4])), seed)
     share = float(rng.choice([0.5, 0.8, 1.0, 1.0]))
     known = rng.random(table.shape[:2]) < share
     result = runner(call, table, known)
