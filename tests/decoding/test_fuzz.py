@@ -22,7 +22,7 @@ from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.choices import Settings, choose, continued, kept, may_choose, noise
 from tests.decoding.oracle import Mixture, oracle, preferences, proposals, simulate
 from tests.decoding.test_speculation import cut
-from tests.decoding.tiny import DRAFTS, OTHER_TARGETS, TARGET, all_logits, random_draft, random_target
+from tests.decoding.tiny import DRAFTS, OTHER_TARGETS, TARGET, TIE_MARGIN, all_logits, random_draft, random_target
 
 PROMPT, NEW = batches.PROMPT_BUCKET, batches.NEW_TOKENS_BUCKET  # the most of one bucket
 VOCAB = TARGET.vocab_size
@@ -230,7 +230,7 @@ def check_tokens(combination: Combination, target: Decoder, call: Call, result: 
         first, end = len(prompt), len(prompt) + len(tokens)
         laws, drawn = logits[i, first - 1 : end - 1], draws[i, first:end]
         assert np.isfinite(laws).all()
-        slack = 1e-5 * np.ptp(laws, axis=-1)
+        slack = TIE_MARGIN * np.ptp(laws, axis=-1)
         assert kept(laws, settings[i], slack)[np.arange(len(tokens)), tokens].all(), f"row {i}: an excluded token"
         if combination.rule == "match":
             wrong = np.flatnonzero(choose(laws, drawn, settings[i]) != tokens)
