@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 COMPILATION_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
@@ -17,3 +19,9 @@ if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the default skips programs compiled in under 1 s
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("fuzz", "tests/decoding/test_fuzz.py")
+    group.addoption("--fuzz-cases", type=int, default=120, help="random cases over all combinations (default: 120)")
+    group.addoption("--fuzz-case", type=int, help="run this case of every combination alone")

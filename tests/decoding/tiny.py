@@ -90,12 +90,18 @@ def _logits(target: Decoder, tokens_bt: jax.Array) -> jax.Array:
     return target.logits(target(tokens_bt).hidden)
 
 
+def all_logits(target: Decoder, rows: Tokens) -> np.ndarray:
+    """Logits [b, positions, v] after every token of `rows`, without a cache; a row's padding has some too."""
+    padded = np.zeros((len(rows), TARGET.max_position_embeddings), np.int32)
+    for row, tokens in zip(padded, rows, strict=True):
+        row[: len(tokens)] = tokens
+    with mesh_scope():
+        return np.asarray(_logits(target, put(padded, SPECS.act_bt)))
+
+
 def next_logits(target: Decoder, tokens: Sequence[int]) -> np.ndarray:
     """Logits after the last of `tokens`, without a cache."""
-    row = np.zeros((1, TARGET.max_position_embeddings), np.int32)
-    row[0, : len(tokens)] = tokens
-    with mesh_scope():
-        return np.asarray(_logits(target, put(row, SPECS.act_bt)))[0, len(tokens) - 1]
+    return all_logits(target, [tokens])[0, len(tokens) - 1]
 
 
 def is_tie(logits: np.ndarray) -> bool:
