@@ -156,7 +156,7 @@ class Stream:
         self._drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
         check_models(target, self._drafter)
         self._width = check_draft_tokens(self._drafter, draft_tokens)
-        check_tree(target, self._width, tree_nodes, rule, draft_choice)
+        check_tree(target.config.vocab_size, self._width, tree_nodes, rule, draft_choice)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
         seeds = check_seeds(len(rows), samples, seed)
