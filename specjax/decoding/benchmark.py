@@ -252,6 +252,7 @@ def _report(draft: DFlashDraft, measured: Measurement, case: Case, way: Way, nam
     ar, speculative = ([p[each] for p in measured.passes] for each in (AR, way))
     report |= _speeds(ar, speculative, tokens, len(outputs))
     steps = sum(_passes_of_target(generation, AR) for generation in plain)
+    # Rounds of a chosen width have no one cost.
     rounds = 0 if way.draft_tokens == AUTO else sum(_passes_of_target(generation, way) for generation in drafted)
     return report | _cost_model(ar, speculative, steps, rounds) | {"outputs": outputs}
 
