@@ -85,17 +85,18 @@ def test_pytorch_gives_the_same_greedy_answers_in_the_same_rounds(measured: dict
 def test_a_folder_holds_the_reports_as_json_markdown_and_figures(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ways = ["--draft-tokens", "3", "auto", "--tree-nodes", "5"]
-    main(decode(folder, "--data", str(folder / "code.jsonl"), *ways, "--out", str(tmp_path)))
+    grid = ["--batch-size", "1", "2", "--draft-tokens", "3", "auto", "--tree-nodes", "5"]
+    main(decode(folder, "--data", str(folder / "code.jsonl"), *grid, "--out", str(tmp_path)))
     content = json.loads((tmp_path / "benchmark.json").read_text())
-    assert list(content["decode"]) == ["code, 3 drafts", "code, auto drafts", "code, tree of 5 drafts"]
+    combinations = [(size, drafts) for size in "12" for drafts in ("3", "auto", "tree of 5")]
+    assert list(content["decode"]) == [f"code, batch {size}, {drafts} drafts" for size, drafts in combinations]
     assert all(report["identical"] for report in content["decode"].values())
     text = (tmp_path / "benchmark.md").read_text()
     assert text.startswith(f"    {content['metadata']['command']}\n")
     assert f"specjax {content['metadata']['specjax']}" in text
     rows = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| code")]
     # acceptance, speed, cost of steps
-    assert rows == [["| code", "0", "1", drafts] for drafts in ("3", "auto", "tree of 5")] * 3
+    assert rows == [["| code", "0", size, drafts] for size, drafts in combinations] * 3
     assert {path.name for path in tmp_path.glob("*.png")} == {"speedup.png", "acceptance_by_position.png", "round.png"}
 
     for figure in tmp_path.glob("*.png"):

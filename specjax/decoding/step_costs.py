@@ -34,7 +34,7 @@ def ar_seconds(target: Decoder, batch: Batch) -> float:
 def round_seconds(target: Decoder, drafter: Drafter, batch: Batch, drafting: Drafting) -> tuple[float, float]:
     """Seconds (draft, verify) of a round: the target's pass over its drafts + 1 tokens, and what a draft adds to it.
 
-    The pass over a tree is `verify_tree`, with what follows from its nodes' order; building the tree is the draft's.
+    The pass over a tree is `verify_tree`, with its writes of what it keeps; building the tree counts as drafting.
 
     A draft is measured in turn with verify passes, as in decoding: alone in a loop, a small draft's weights would stay
     in the processor's caches, from where the target's weights drive them in every round.
