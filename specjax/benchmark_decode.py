@@ -18,6 +18,7 @@ from specjax.cli import (
     decoding_mesh,
     dtype_name,
     load_models,
+    number_or_auto,
     read_draft_config,
 )
 from specjax.errors import InputError
@@ -25,7 +26,7 @@ from specjax.print_table import print_table
 from specjax.pytorch import require_torch
 
 if TYPE_CHECKING:
-    from specjax.decoding.benchmark import Settings
+    from specjax.decoding.benchmark_settings import Settings
 
 Report = dict[str, Any]
 
@@ -37,7 +38,14 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="prompts decoded together")
     parser.add_argument(
-        "--draft-tokens", type=int, nargs="+", default=[], metavar="N", help="drafts verified a round (default: all)"
+        "--draft-tokens",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="drafts verified a round (default: all), or auto: what pays, as measured",
+    )
+    parser.add_argument(
+        "--tree-nodes", type=int, nargs="+", default=[], metavar="N", help="also verify trees of so many drafts"
     )
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="0 is greedy")
     add_draw_arguments(parser)
@@ -87,13 +95,14 @@ def _checked(args: argparse.Namespace) -> Settings:
     Raises:
         InputError: a value out of range, a draft that proposes fewer tokens, or what --compare cannot do.
     """
-    from specjax.decoding.benchmark import Settings, check_settings
+    from specjax.decoding.benchmark_settings import AUTO, Settings, check_settings
     from specjax.decoding.torch_comparison import check_comparable
 
     settings = Settings(
         max_new_tokens=args.max_new_tokens,
         batch_sizes=tuple(args.batch_size),
-        draft_tokens=tuple(args.draft_tokens),
+        draft_tokens=tuple(map(number_or_auto, args.draft_tokens)),
+        tree_nodes=tuple(args.tree_nodes),
         temperatures=tuple(args.temperature),
         top_k=args.top_k,
         top_p=args.top_p,
@@ -112,10 +121,13 @@ def _checked(args: argparse.Namespace) -> Settings:
             if given != wanted:
                 shown = " ".join(f"{value:g}" for value in given)
                 raise InputError(f"--compare hf decodes prompt by prompt, greedily: {option} is {shown}; leave it out")
-        if len(settings.draft_tokens) > 1:
-            raise InputError("--compare hf compares one number of draft tokens; give --draft-tokens once")
+        if len(settings.draft_tokens) > 1 or AUTO in settings.draft_tokens or settings.tree_nodes:
+            raise InputError(
+                "--compare hf compares one number of draft tokens; give --draft-tokens once, without auto, and leave "
+                "--tree-nodes out"
+            )
     config = read_draft_config(args.draft)
-    check_settings(settings, config.block_size)
+    check_settings(settings, config)
     if args.compare:
         check_comparable(config, dtype_name(args))
     return settings
@@ -124,12 +136,14 @@ def _checked(args: argparse.Namespace) -> Settings:
 def _compare(
     args: argparse.Namespace, models: Models, data_sets: dict[str, list[list[int]]], settings: Settings
 ) -> dict[str, Report]:
+    from specjax.decoding.benchmark_settings import AUTO
     from specjax.decoding.torch_comparison import Task, compare_with_torch
     from specjax.weights import model_folder
 
     assert models.draft is not None
-    widths = settings.draft_tokens or (models.draft.config.block_size - 1,)
-    task = Task(settings.max_new_tokens, settings.stop_token_ids, widths[0], settings.runs)
+    (way,) = settings.ways(models.draft.config.block_size)
+    assert way.draft_tokens != AUTO
+    task = Task(settings.max_new_tokens, settings.stop_token_ids, way.draft_tokens, settings.runs)
     return compare_with_torch(model_folder(args.target), models.target, models.draft, data_sets, task)
 
 

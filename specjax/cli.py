@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from specjax.errors import InputError
 
@@ -75,6 +75,20 @@ def check_seed(args: argparse.Namespace) -> None:
     """Raises InputError for a --seed that is no seed."""
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed is {args.seed}; give an integer from 0 to 2**32 - 1")
+
+
+def number_or_auto(text: str) -> int | Literal["auto"]:
+    """A word of --draft-tokens.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--draft-tokens is {text!r}; give a number or auto") from None
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:

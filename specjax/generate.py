@@ -14,6 +14,7 @@ from specjax.cli import (
     add_sampling_arguments,
     decoding_mesh,
     load_models,
+    number_or_auto,
     sampling_settings,
 )
 from specjax.errors import InputError, exit_on_input_error
@@ -91,12 +92,7 @@ def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
     from specjax.decoding import AutoWidth
     from specjax.decoding.inputs import check_sampling
 
-    width: Any = args.draft_tokens
-    if width is not None and width != "auto":
-        try:
-            width = int(width)
-        except ValueError:
-            raise InputError(f"--draft-tokens is {width!r}; give a number or auto") from None
+    width = None if args.draft_tokens is None else number_or_auto(args.draft_tokens)
     settings = {"samples": args.samples, "rule": args.rule, "draft_choice": args.draft_choice}
     check_sampling(args.temperature, args.top_k, args.top_p, **settings)
     return settings | {"draft_tokens": AutoWidth() if width == "auto" else width, "tree_nodes": args.tree_nodes}

@@ -284,7 +284,8 @@ def evaluate(
 ) -> dict[str, Report]:
     """Loads the exported draft and measures it on held-out prompts, batch size 1."""
     from specjax import weights
-    from specjax.decoding.benchmark import Settings, benchmark_decoding
+    from specjax.decoding.benchmark import benchmark_decoding
+    from specjax.decoding.benchmark_settings import Settings
     from specjax.decoding.benchmark_tables import table
 
     draft = weights.load_draft(exported, dtype="float32")

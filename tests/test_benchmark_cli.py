@@ -85,15 +85,18 @@ def test_pytorch_gives_the_same_greedy_answers_in_the_same_rounds(measured: dict
 def test_a_folder_holds_the_reports_as_json_markdown_and_figures(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = decode(folder, "--data", str(folder / "code.jsonl"), "--batch-size", "1", "2", "--out", str(tmp_path))
-    main(arguments)
+    grid = ["--batch-size", "1", "2", "--draft-tokens", "3", "auto", "--tree-nodes", "5"]
+    main(decode(folder, "--data", str(folder / "code.jsonl"), *grid, "--out", str(tmp_path)))
     content = json.loads((tmp_path / "benchmark.json").read_text())
-    assert list(content["decode"]) == ["code, batch 1", "code, batch 2"]
+    combinations = [(size, drafts) for size in "12" for drafts in ("3", "auto", "tree of 5")]
+    assert list(content["decode"]) == [f"code, batch {size}, {drafts} drafts" for size, drafts in combinations]
+    assert all(report["identical"] for report in content["decode"].values())
     text = (tmp_path / "benchmark.md").read_text()
     assert text.startswith(f"    {content['metadata']['command']}\n")
     assert f"specjax {content['metadata']['specjax']}" in text
-    rows = [line[:18] for line in text.splitlines() if line.startswith("| code")]
-    assert rows == ["| code | 0 | 1 | 3", "| code | 0 | 2 | 3"] * 3  # acceptance, speed, cost of steps
+    rows = [line.split(" | ")[:4] for line in text.splitlines() if line.startswith("| code")]
+    # acceptance, speed, cost of steps
+    assert rows == [["| code", "0", size, drafts] for size, drafts in combinations] * 3
     assert {path.name for path in tmp_path.glob("*.png")} == {"speedup.png", "acceptance_by_position.png", "round.png"}
 
     for figure in tmp_path.glob("*.png"):
@@ -121,6 +124,13 @@ def test_a_folder_holds_the_reports_as_json_markdown_and_figures(
             "--compare hf decodes prompt by prompt, greedily: --temperature",
         ),
         (["--compare", "hf", "--draft-tokens", "1", "2"], "--compare hf compares one number of draft tokens"),
+        (["--compare", "hf", "--draft-tokens", "auto"], "--compare hf compares one number of draft tokens"),
+        (["--compare", "hf", "--tree-nodes", "9"], "--compare hf compares one number of draft tokens"),
+        (["--draft-tokens", "3", "most"], "--draft-tokens is 'most'; give a number or auto"),
+        (["--draft-tokens", "auto", "1", "auto"], "draft_tokens: auto is there twice"),
+        (["--tree-nodes", "2"], "tree_nodes is 2; give 3 (the drafts of a round, which it holds)"),
+        (["--tree-nodes", "9", "2000"], "tree_nodes is 2000; give 3"),
+        (["--tree-nodes", "9", "9"], "tree_nodes: 9 is there twice"),
         (["--compare", "hf", "--dtype", "bfloat16"], "--compare hf: PyTorch's loop runs plain drafts"),
         (["--temperature", "0", "--top-k", "5"], "top_k is 5, but temperature 0 is greedy"),
         (["--temperature", "-1"], "temperature is -1.0"),

@@ -12,55 +12,38 @@ from typing import Any
 import numpy as np
 
 from specjax.blockdiff.metrics import repeated_ngrams
+from specjax.decoding.auto_width import AutoWidth
 from specjax.decoding.batch import Batch
+from specjax.decoding.benchmark_settings import AR, AUTO, Settings, Way, check_settings
 from specjax.decoding.differences import differences
 from specjax.decoding.drafter import DFlashDrafter
 from specjax.decoding.generate import Generation, generate
-from specjax.decoding.inputs import check_sampling
+from specjax.decoding.loop import Drafting
 from specjax.decoding.step_costs import ar_seconds, round_seconds
-from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import mesh_scope
 
 COSTS_EVERY = 4  # batches of a timed pass between two measurements of the steps' costs
-AR = 0  # the width of autoregressive decoding: it verifies no drafts
 TOTAL = "all"
 Report = dict[str, Any]
 Prompts = Sequence[Sequence[int]]
 Seconds = dict[str, float]
 Shape = tuple[int, int]
 """(rows, capacity) of a batch, which decide what its steps cost."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to decode and how: every combination of temperature, batch size and draft tokens is measured.
-
-    batch_sizes: prompts decoded together. draft_tokens: drafts verified a round; none is the block's all. top_k,
-    top_p: at temperatures above 0. seed: of the first prompt of every data set. runs: timed passes.
-    """
-
-    max_new_tokens: int = 128
-    stop_token_ids: tuple[int, ...] = ()
-    batch_sizes: tuple[int, ...] = (1,)
-    draft_tokens: tuple[int, ...] = ()
-    temperatures: tuple[float, ...] = (0.0,)
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
-    runs: int = 5
+Key = tuple[str, float, int, Way]
+"""(data set, temperature, batch size, way)."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Settings of one measurement: all that autoregressive decoding depends on, and the widths compared with it."""
+    """Settings of one measurement: all that autoregressive decoding depends on, and the ways compared with it."""
 
     settings: Settings
     temperature: float
     batch_size: int
-    widths: tuple[int, ...]
+    ways: tuple[Way, ...]
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -71,40 +54,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One data set in one case: outputs of the untimed pass by width (`AR` without a draft), and timed passes.
+    """One data set in one case: outputs of the untimed pass by way (`AR` without a draft), and timed passes.
 
-    passes: of every run, for each width, seconds: `decode` and `total` of the calls, `verify` and `draft` what the
-    networks' steps alone come to by their measured costs. differing: for each width, what `differences` says.
+    passes: of every run, for each way, seconds: `decode` and `total` of the calls, `verify` and `draft` what the
+    networks' steps alone come to by their measured costs (0 where rounds have no one cost). differing: for each way,
+    what `differences` says.
     """
 
-    generations: dict[int, list[Generation]]
-    passes: list[dict[int, Seconds]]
-    differing: dict[int, list[Report]]
-
-
-def check_settings(settings: Settings, block_size: int) -> None:
-    """Raises InputError for a value out of range, given twice, or of no use."""
-    for name, values in (
-        ("batch_sizes", settings.batch_sizes),
-        ("draft_tokens", settings.draft_tokens),
-        ("temperatures", settings.temperatures),
-    ):
-        twice = [value for i, value in enumerate(values) if value in values[:i]]
-        if twice:
-            raise InputError(f"{name}: {twice[0]} is there twice; give every value once")
-    for name, numbers in (
-        ("batch size", settings.batch_sizes),
-        ("max_new_tokens", (settings.max_new_tokens,)),
-        ("runs", (settings.runs,)),
-    ):
-        if min(numbers) < 1:
-            raise InputError(f"{name} is {min(numbers)}; give at least 1")
-    for width in settings.draft_tokens:
-        if not 1 <= width < block_size:
-            raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {block_size - 1}")
-    for temperature in settings.temperatures:
-        check_sampling(temperature, None, None)
-    check_sampling(max(settings.temperatures), settings.top_k, settings.top_p)
+    generations: dict[Way, list[Generation]]
+    passes: list[dict[Way, Seconds]]
+    differing: dict[Way, list[Report]]
 
 
 def benchmark_decoding(
@@ -116,20 +75,21 @@ def benchmark_decoding(
 ) -> dict[str, Report]:
     """Decodes the prompts of every data set with and without the draft; one report a data set, and one of "all".
 
-    With several temperatures, batch sizes or numbers of draft tokens there is one a combination, whose name says them.
-    Autoregressive decoding is measured once a data set, temperature and batch size, in turn with all the widths that
+    With several temperatures, batch sizes or ways of drafting there is one a combination, whose name says them.
+    Autoregressive decoding is measured once a data set, temperature and batch size, in turn with all the ways that
     are compared with it: one untimed pass compiles and yields the outputs, then in each of `runs` timed passes every
     batch is decoded in all ways, and the costs of steps are measured. Times are of whole passes; a ratio is taken
-    within one run, and reported as median, least and greatest.
+    within one run, and reported as median, least and greatest. A width that is chosen while decoding is learned in the
+    untimed pass, of which the acceptance is, and learned further in the timed ones.
 
     Raises:
         InputError: as `check_settings` and `generate`.
     """
-    check_settings(settings, draft.config.block_size)
-    widths = settings.draft_tokens or (draft.config.block_size - 1,)
-    reports: dict[tuple[str, float, int, int], Report] = {}
+    check_settings(settings, draft.config)
+    ways = settings.ways(draft.config.block_size)
+    reports: dict[Key, Report] = {}
     for temperature, size in itertools.product(settings.temperatures, settings.batch_sizes):
-        case = Case(settings, temperature, size, widths)
+        case = Case(settings, temperature, size, ways)
         measured = {}
         for name, prompts in data_sets.items():
             progress(f"{name}, temperature {temperature:g}, batch size {size}")
@@ -137,85 +97,90 @@ def benchmark_decoding(
         if len(measured) > 1:
             measured[TOTAL] = _pool(list(measured.values()))
         for name, measurement in measured.items():
-            for width in widths:
-                reports[name, temperature, size, width] = _report(draft, measurement, case, width, name)
+            for way in ways:
+                reports[name, temperature, size, way] = _report(draft, measurement, case, way, name)
     names = [*data_sets, TOTAL]
     ordered = sorted(reports, key=lambda key: names.index(key[0]))
-    return {_column(key, settings): reports[key] for key in ordered}
+    return {_column(key, settings, ways): reports[key] for key in ordered}
 
 
-def _column(key: tuple[str, float, int, int], settings: Settings) -> str:
+def _column(key: Key, settings: Settings, ways: Sequence[Way]) -> str:
     """A combination's name: the data set's, and what differs between combinations."""
-    name, temperature, size, width = key
+    name, temperature, size, way = key
     parts = [name]
     parts += [f"temperature {temperature:g}"] if len(settings.temperatures) > 1 else []
     parts += [f"batch {size}"] if len(settings.batch_sizes) > 1 else []
-    parts += [f"{width} drafts"] if len(settings.draft_tokens) > 1 else []
+    parts += [f"{way.label} drafts"] if len(ways) > 1 else []
     return ", ".join(parts)
 
 
 def _measure(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case) -> Measurement:
-    settings, size, ways = case.settings, case.batch_size, (AR, *case.widths)
+    settings, size, ways = case.settings, case.batch_size, (AR, *case.ways)
     starts = range(0, len(prompts), size)
+    auto = AutoWidth()
 
-    def decode(first: int, width: int) -> Generation:
+    def decode(first: int, way: Way) -> Generation:
         batch, seed = prompts[first : first + size], settings.seed + first
-        drafting = {"draft": draft, "draft_tokens": width} if width != AR else {}
+        width = auto if way.draft_tokens == AUTO else way.draft_tokens
+        drafting = {"draft": draft, "draft_tokens": width, "tree_nodes": way.tree_nodes or None} if way != AR else {}
         limits = {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": settings.stop_token_ids}
         return generate(target, batch, **limits, **drafting, **case.sampling, seed=seed)  # type: ignore[arg-type]
 
-    def costs(first: int) -> dict[int, Seconds]:
+    def costs(first: int) -> dict[Way, Seconds]:
         return _step_costs(target, draft, prompts[first : first + size], case, settings.seed + first)
 
-    generations = {width: [decode(first, width) for first in starts] for width in ways}
+    generations = {way: [decode(first, way) for first in starts] for way in ways}
     shapes = [_shape(target, prompts[first : first + size], case) for first in starts]
     for first in dict(zip(shapes, starts, strict=True)).values():
         costs(first)  # compiles
     batches = list(zip(starts, shapes, strict=True))
     passes = [_timed_pass(batches, ways, decode, costs, run) for run in range(settings.runs)]
-    answers = {width: [tokens for g in generations[width] for tokens in g.tokens] for width in ways}
+    answers = {way: [tokens for g in generations[way] for tokens in g.tokens] for way in ways}
     drawn = case.sampling | {"seed": settings.seed} if case.temperature else None
-    differing = {width: differences(target, prompts, answers[AR], answers[width], size, drawn) for width in case.widths}
+    differing = {way: differences(target, prompts, answers[AR], answers[way], size, drawn) for way in case.ways}
     return Measurement(generations, passes, differing)
 
 
 def _timed_pass(
     batches: Sequence[tuple[int, Shape]],
-    ways: Sequence[int],
-    decode: Callable[[int, int], Generation],
-    costs: Callable[[int], dict[int, Seconds]],
+    ways: Sequence[Way],
+    decode: Callable[[int, Way], Generation],
+    costs: Callable[[int], dict[Way, Seconds]],
     run: int,
-) -> dict[int, Seconds]:
-    """Seconds of one pass over all batches, by width; each batch is decoded in all ways, in another order every run.
+) -> dict[Way, Seconds]:
+    """Seconds of one pass over all batches, by way; each batch is decoded in all ways, in another order every run.
 
     batches: the first prompt's index and the shape of each. Costs of steps are measured beside the decoding that they
     are compared with, and for the same shape: a machine's speed drifts.
     """
-    seconds = {width: dict.fromkeys(("decode", "total", "verify", "draft"), 0.0) for width in ways}
+    seconds = {way: dict.fromkeys(("decode", "total", "verify", "draft"), 0.0) for way in ways}
     turn = run % len(ways)
-    measured: dict[Shape, dict[int, Seconds]] = {}
+    measured: dict[Shape, dict[Way, Seconds]] = {}
     for i, (first, shape) in enumerate(batches):
         if i % COSTS_EVERY == 0 or shape not in measured:
             measured[shape] = costs(first)
-        for width in (*ways[turn:], *ways[:turn]):
+        for way in (*ways[turn:], *ways[:turn]):
             started = time.perf_counter()
-            generation = decode(first, width)
-            seconds[width]["total"] += time.perf_counter() - started
-            seconds[width]["decode"] += generation.decode_seconds
-            for part, cost in measured[shape][width].items():
-                seconds[width][part] += cost * _passes_of_target(generation, width)
+            generation = decode(first, way)
+            seconds[way]["total"] += time.perf_counter() - started
+            seconds[way]["decode"] += generation.decode_seconds
+            for part, cost in measured[shape].get(way, {}).items():
+                seconds[way][part] += cost * _passes_of_target(generation, way)
     return seconds
 
 
-def _passes_of_target(generation: Generation, width: int) -> int:
+def _passes_of_target(generation: Generation, way: Way) -> int:
     """Steps or rounds of a batch's slowest row, without the prefill."""
-    if width == AR:
+    if way == AR:
         return max(len(tokens) - 1 for tokens in generation.tokens)
     return max(map(len, generation.rounds))
 
 
-def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case, seed: int) -> dict[int, Seconds]:
-    """Seconds of an autoregressive step (a verify pass without drafts) and of both parts of a round, by width."""
+def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case, seed: int) -> dict[Way, Seconds]:
+    """Seconds of an autoregressive step (a verify pass without drafts) and of both parts of a round, by way.
+
+    Rounds of a width that is chosen while decoding have no one cost.
+    """
     drafter, seeds = DFlashDrafter(draft), range(seed, seed + len(prompts))
 
     def batch(block_size: int) -> Batch:
@@ -224,9 +189,11 @@ def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Cas
 
     with mesh_scope(), matmul_precision(target.dtype):
         costs = {AR: {"verify": ar_seconds(target, batch(1)), "draft": 0.0}}
-        for width in case.widths:
-            drafting, verifying = round_seconds(target, drafter, batch(drafter.block_size), width)
-            costs[width] = {"verify": verifying, "draft": drafting}
+        for way in case.ways:
+            if way.draft_tokens != AUTO:
+                drafting = Drafting(way.draft_tokens, way.tree_nodes)
+                draft_s, verify_s = round_seconds(target, drafter, batch(drafter.block_size), drafting)
+                costs[way] = {"verify": verify_s, "draft": draft_s}
     return costs
 
 
@@ -243,27 +210,27 @@ def _shape(target: Decoder, prompts: Prompts, case: Case) -> Shape:
 
 def _pool(measurements: Sequence[Measurement]) -> Measurement:
     """All data sets as one; its prompts are counted through."""
-    widths = measurements[0].generations
-    generations = {width: [g for m in measurements for g in m.generations[width]] for width in widths}
+    ways = measurements[0].generations
+    generations = {way: [g for m in measurements for g in m.generations[way]] for way in ways}
     passes = [
-        {width: {part: sum(p[width][part] for p in run) for part in run[0][width]} for width in widths}
+        {way: {part: sum(p[way][part] for p in run) for part in run[0][way]} for way in ways}
         for run in zip(*(m.passes for m in measurements), strict=True)
     ]
     sizes = [sum(len(g.tokens) for g in m.generations[AR]) for m in measurements]
     offsets = [sum(sizes[:i]) for i in range(len(sizes))]
     differing = {
-        width: [
+        way: [
             entry | {"prompt": entry["prompt"] + offset}
             for m, offset in zip(measurements, offsets, strict=True)
-            for entry in m.differing[width]
+            for entry in m.differing[way]
         ]
-        for width in measurements[0].differing
+        for way in measurements[0].differing
     }
     return Measurement(generations, passes, differing)
 
 
-def _report(draft: DFlashDraft, measured: Measurement, case: Case, width: int, name: str) -> Report:
-    plain, drafted = measured.generations[AR], measured.generations[width]
+def _report(draft: DFlashDraft, measured: Measurement, case: Case, way: Way, name: str) -> Report:
+    plain, drafted = measured.generations[AR], measured.generations[way]
     outputs = [tokens for generation in plain for tokens in generation.tokens]
     tokens = sum(map(len, outputs))
     report: Report = {
@@ -273,36 +240,45 @@ def _report(draft: DFlashDraft, measured: Measurement, case: Case, width: int, n
         "temperature": case.temperature,
         "batch_size": case.batch_size,
         "block_size": draft.config.block_size,
-        "draft_tokens": width,
+        "draft_tokens": way.draft_tokens,
+        "tree_nodes": way.tree_nodes,
         "max_new_tokens": case.settings.max_new_tokens,
         "runs": case.settings.runs,
     }
-    report |= acceptance(drafted, width)
+    report |= acceptance(drafted)
     report["repeated_4gram_fraction"] = repeated_ngrams(outputs)
-    differing = measured.differing[width]
+    differing = measured.differing[way]
     report |= {"identical": not differing, "different_prompts": len(differing), "differences": differing}
-    ar, speculative = ([p[way] for p in measured.passes] for way in (AR, width))
+    ar, speculative = ([p[each] for p in measured.passes] for each in (AR, way))
     report |= _speeds(ar, speculative, tokens, len(outputs))
     steps = sum(_passes_of_target(generation, AR) for generation in plain)
-    rounds = sum(_passes_of_target(generation, width) for generation in drafted)
+    # Rounds of a chosen width have no one cost.
+    rounds = 0 if way.draft_tokens == AUTO else sum(_passes_of_target(generation, way) for generation in drafted)
     return report | _cost_model(ar, speculative, steps, rounds) | {"outputs": outputs}
 
 
-def acceptance(generations: Sequence[Generation], draft_tokens: int) -> Report:
+def acceptance(generations: Sequence[Generation]) -> Report:
     """Acceptance length, rate and by position (share of rounds that matched at least k drafts, k = 1..).
 
-    None and no positions where there was no round: every answer ended with the prefill's token.
+    Of the rounds that had drafts; rounds_without_drafts is the share of the others. None, and no positions, where there
+    was no round to take them from: every answer ended with the prefill's token, or no round had drafts.
     """
-    rounds = np.array([r for generation in generations for row in generation.rounds for r in row], np.int64)
-    if not rounds.size:
-        return {"rounds": 0, "acceptance_length": None, "acceptance_rate": None, "acceptance_by_position": []}
-    matched = rounds - 1
-    return {
-        "rounds": int(rounds.size),
-        "acceptance_length": float(rounds.mean()),
-        "acceptance_rate": float(matched.sum() / (rounds.size * draft_tokens)),
-        "acceptance_by_position": [float((matched >= k).mean()) for k in range(1, draft_tokens + 1)],
+    rounds = np.array([r for g in generations for row in g.rounds for r in row], np.int64)
+    drafts = np.array([n for g in generations for row in g.draft_tokens for n in row], np.int64)
+    drafted = drafts > 0
+    matched, verified = rounds[drafted] - 1, drafts[drafted]
+    report: Report = {
+        "rounds": rounds.size,
+        "rounds_without_drafts": float(1 - drafted.mean()) if rounds.size else None,
+        "acceptance_length": None,
+        "acceptance_rate": None,
+        "acceptance_by_position": [],
     }
+    if matched.size:
+        report["acceptance_length"] = float(1 + matched.mean())
+        report["acceptance_rate"] = float(matched.sum() / verified.sum())
+        report["acceptance_by_position"] = [float((matched >= k).mean()) for k in range(1, verified.max() + 1)]
+    return report
 
 
 def _speeds(ar: Sequence[Seconds], speculative: Sequence[Seconds], tokens: int, prompts: int) -> Report:
@@ -319,7 +295,7 @@ def _speeds(ar: Sequence[Seconds], speculative: Sequence[Seconds], tokens: int, 
 
 
 def _cost_model(ar: Sequence[Seconds], speculative: Sequence[Seconds], steps: int, rounds: int) -> Report:
-    """Costs of steps, the speedup that they allow, and the share of it that was measured; None without a round.
+    """Costs of steps, the speedup that they allow, and the share of it that was measured; None of no rounds.
 
     bound = steps * ar_step / (rounds * (draft + verify)), where steps and rounds are those of each batch's slowest
     row: for batch size 1 acceptance length * ar_step / (draft + verify), up to the cuts of the last rounds. round_s is

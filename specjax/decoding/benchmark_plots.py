@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from specjax.decoding.benchmark_settings import AUTO
+from specjax.decoding.benchmark_tables import way_label
 
 Report = dict[str, Any]
 
@@ -29,15 +31,30 @@ def write_plots(reports: Mapping[str, Report], folder: Path) -> list[Path]:
     return written
 
 
-def speedup_lines(reports: Mapping[str, Report]) -> Iterator[tuple[str, list[Report]]]:
-    """Data set, temperature and width as a label, and their reports by growing batch size."""
+def speedup_lines(reports: Mapping[str, Report]) -> dict[str, list[Report]]:
+    """By data set, temperature and way of drafting, as a label, their reports by growing batch size."""
+    lines: dict[str, list[Report]] = {}
+    for report in sorted(reports.values(), key=lambda report: report["batch_size"]):
+        label = f"{report['data_set']}, T {report['temperature']:g}, {way_label(report)} drafts"
+        lines.setdefault(label, []).append(report)
+    return lines
 
-    def line(report: Report) -> tuple[str, float, int]:
-        return report["data_set"], report["temperature"], report["draft_tokens"]
 
-    for (name, temperature, width), found in groupby(sorted(reports.values(), key=line), line):
-        label = f"{name}, T {temperature:g}, {width} drafts"
-        yield label, sorted(found, key=lambda report: report["batch_size"])
+def widest(reports: Mapping[str, Report]) -> dict[str, Report]:
+    """The longest chain of every data set and temperature, and each tree and chosen width beside it.
+
+    A shorter chain's acceptance by position is the beginning of a longer one's, and which batch a prompt is in changes
+    nothing.
+    """
+    found: dict[str, Report] = {}
+    for report in reports.values():
+        label = f"{report['data_set']}, T {report['temperature']:g}"
+        if report["draft_tokens"] == AUTO or report["tree_nodes"]:
+            label += f", {way_label(report)}"
+        positions = len(report["acceptance_by_position"])
+        if label not in found or positions > len(found[label]["acceptance_by_position"]):
+            found[label] = report
+    return found
 
 
 def round_parts(report: Report) -> dict[str, float]:
@@ -47,7 +64,7 @@ def round_parts(report: Report) -> dict[str, float]:
 
 
 def _speedup(axes: Any, reports: Mapping[str, Report]) -> None:
-    for label, found in speedup_lines(reports):
+    for label, found in speedup_lines(reports).items():
         sizes, speedups = [r["batch_size"] for r in found], [r["speedup_decode"] for r in found]
         below = [r["speedup_decode"] - r["speedup_decode_range"][0] for r in found]
         above = [r["speedup_decode_range"][1] - r["speedup_decode"] for r in found]
@@ -60,13 +77,7 @@ def _speedup(axes: Any, reports: Mapping[str, Report]) -> None:
 
 
 def _positions(axes: Any, reports: Mapping[str, Report]) -> None:
-    """The widest width of every data set and temperature: which batch a prompt is in changes nothing."""
-    widest: dict[str, Report] = {}
-    for report in reports.values():
-        label = f"{report['data_set']}, T {report['temperature']:g}"
-        if label not in widest or report["draft_tokens"] > widest[label]["draft_tokens"]:
-            widest[label] = report
-    for label, report in widest.items():
+    for label, report in widest(reports).items():
         shares = report["acceptance_by_position"]
         axes.plot(range(1, len(shares) + 1), shares, marker="o", label=label)
     axes.set(xlabel="draft position", ylabel="share of rounds that accept it", title="Acceptance by position")
@@ -78,7 +89,7 @@ def _round(axes: Any, reports: Mapping[str, Report]) -> None:
     """Bars of the last data set, which is their total where there are several."""
     last = list(reports.values())[-1]["data_set"]
     found = [r for r in reports.values() if r["data_set"] == last and r["round_s"] is not None]
-    labels = [f"T {r['temperature']:g}, batch {r['batch_size']}, {r['draft_tokens']} drafts" for r in found]
+    labels = [f"T {r['temperature']:g}, batch {r['batch_size']}, {way_label(r)} drafts" for r in found]
     left = [0.0] * len(found)
     for part in ("draft", "verify", "rest"):
         sizes = [round_parts(report)[part] for report in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from specjax.decoding.benchmark_settings import Way
 from specjax.decoding.torch_comparison import WAYS
 
 Report = dict[str, Any]
@@ -41,6 +42,10 @@ def markdown(shown: Sequence[Table]) -> str:
         lines = [_line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
         parts.append(f"**{title}**\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def way_label(report: Report) -> str:
+    return Way(report["draft_tokens"], report["tree_nodes"]).label
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -95,12 +100,13 @@ _SETTINGS: tuple[Measure, ...] = (
     ("data set", lambda r: r["data_set"]),
     ("T", lambda r: f"{r['temperature']:g}"),
     ("batch", lambda r: str(r["batch_size"])),
-    ("drafts", lambda r: str(r["draft_tokens"])),
+    ("drafts", way_label),
 )
 _SHARES: tuple[Measure, ...] = (
     ("acceptance length (tokens a round)", lambda r: _number(r["acceptance_length"], ".2f")),
     ("acceptance rate", lambda r: _number(r["acceptance_rate"], ".3f")),
     ("acceptance by position", lambda r: " ".join(f"{x:.2f}" for x in r["acceptance_by_position"])),
+    ("rounds without drafts", lambda r: _number(r["rounds_without_drafts"], ".2f")),
     ("repeated 4-grams", lambda r: f"{r['repeated_4gram_fraction']:.3f}"),
     ("outputs identical", _identical),
 )
@@ -120,7 +126,7 @@ _MEASURES: tuple[Measure, ...] = (
     ("prompts / new tokens", lambda r: f"{r['prompts']} / {r['tokens']}"),
     (
         "temperature / batch size / block size / drafts",
-        lambda r: f"{r['temperature']:g} / {r['batch_size']} / {r['block_size']} / {r['draft_tokens']}",
+        lambda r: f"{r['temperature']:g} / {r['batch_size']} / {r['block_size']} / {way_label(r)}",
     ),
     *_SHARES[:-1],
     *_SPEEDS,

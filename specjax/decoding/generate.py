@@ -157,7 +157,7 @@ class Stream:
         self._drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
         check_models(target, self._drafter)
         self._width = check_draft_tokens(self._drafter, draft_tokens)
-        check_tree(target, self._width, tree_nodes, rule, draft_choice)
+        check_tree(target.config.vocab_size, self._width, tree_nodes, rule, draft_choice)
         check_auto(self._width, rule)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
@@ -235,19 +235,18 @@ class Stream:
 
     def _step(self, rounds: int) -> None:
         """At most so many rounds; fewer where the width is to be chosen again."""
-        width = self._width
+        started, width = time.perf_counter(), self._width
         with jax.set_mesh(self._mesh), matmul_precision(self._target.dtype):
             if self._choice is not None:
                 width, rounds = self._choice.next(rounds)
             assert isinstance(width, int)
-            started = time.perf_counter()
             self._state = self._run(self._state, self._batch, width, self._round + rounds)
-            self._decode_seconds += time.perf_counter() - started
             first = self._round
             self._look()
         self._widths += [width] * (self._round - first)
         if isinstance(self._width, AutoWidth) and self._progress is not None:
             self._width.saw(width, self._progress.rounds[:, first : self._round])
+        self._decode_seconds += time.perf_counter() - started
 
     def _run(self, state: DecodeState, batch: Batch, width: int, until: int) -> DecodeState:
         limit = put(np.int32(min(until, NEVER)), P())

@@ -193,7 +193,11 @@ def check_auto(draft_tokens: int | AutoWidth, rule: str) -> None:
 
 
 def check_tree(
-    target: Decoder, draft_tokens: int | AutoWidth, tree_nodes: int | None, rule: str, draft_choice: str
+    vocab_size: int,
+    draft_tokens: int | AutoWidth,
+    tree_nodes: int | None,
+    rule: str = "match",
+    draft_choice: str = "argmax",
 ) -> None:
     """Raises InputError for a tree that cannot hold a round's drafts, has no size, or is not verified by `match`."""
     if tree_nodes is None:
@@ -205,7 +209,7 @@ def check_tree(
     for name, given, needed in (("rule", rule, "match"), ("draft_choice", draft_choice, "argmax")):
         if given != needed:
             raise InputError(f"{name} is {given}, but a tree needs {needed}; leave {name} or tree_nodes out")
-    most = min(MOST_TREE_NODES, target.config.vocab_size)
+    most = min(MOST_TREE_NODES, vocab_size)
     if not isinstance(tree_nodes, Integral) or not draft_tokens <= tree_nodes <= most:
         raise InputError(
             f"tree_nodes is {tree_nodes!r}; give {draft_tokens} (the drafts of a round, which it holds) to {most}, "

@@ -7,15 +7,16 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import pytest
 
-from specjax.decoding import benchmark
+from specjax.decoding import benchmark, step_costs
+from specjax.decoding.auto_width import AutoWidth
+from specjax.decoding.batch import Batch
 from specjax.decoding.benchmark import (
-    AR,
     COSTS_EVERY,
     Case,
     Measurement,
-    Settings,
     _cost_model,
     _pool,
     _report,
@@ -24,16 +25,24 @@ from specjax.decoding.benchmark import (
     _timed_pass,
     acceptance,
     benchmark_decoding,
-    check_settings,
 )
+from specjax.decoding.benchmark_settings import AR, AUTO, Settings, Way, check_settings
 from specjax.decoding.benchmark_tables import table
+from specjax.decoding.drafter import DFlashDrafter
 from specjax.decoding.generate import Generation, generate
+from specjax.decoding.loop import Drafting
+from specjax.decoding.target_pass import verify_tree
 from specjax.errors import InputError
+from specjax.models.sharding import mesh_scope
 from tests.decoding.tiny import FULL, random_draft, random_prompts, random_target
 
 
-def generation(tokens: Sequence[Sequence[int]], rounds: Sequence[Sequence[int]] = ()) -> Generation:
-    return Generation([list(t) for t in tokens], [list(r) for r in rounds], 0.5, 2.0)
+def generation(
+    tokens: Sequence[Sequence[int]], rounds: Sequence[Sequence[int]] = (), drafts: Sequence[Sequence[int]] | None = None
+) -> Generation:
+    """Three drafts a round, unless told otherwise."""
+    widths = [[3] * len(row) for row in rounds] if drafts is None else [list(d) for d in drafts]
+    return Generation([list(t) for t in tokens], [list(r) for r in rounds], 0.5, 2.0, widths)
 
 
 def seconds(decode: float, total: float, verify: float = 1.0, draft: float = 0.0) -> dict[str, float]:
@@ -41,13 +50,33 @@ def seconds(decode: float, total: float, verify: float = 1.0, draft: float = 0.0
 
 
 def test_acceptance_pools_the_rounds_of_all_prompts() -> None:
-    report = acceptance([generation([], [[1, 4], [3]]), generation([], [[2]])], 3)
+    report = acceptance([generation([], [[1, 4], [3]]), generation([], [[2]])])
     assert report == {
         "rounds": 4,
+        "rounds_without_drafts": 0,
         "acceptance_length": 10 / 4,
         "acceptance_rate": (0 + 3 + 2 + 1) / (4 * 3),
         "acceptance_by_position": [3 / 4, 2 / 4, 1 / 4],
     }
+
+
+def test_acceptance_is_that_of_the_rounds_that_had_drafts() -> None:
+    rounds, drafts = [[1, 1, 4, 2], [], [3, 1]], [[0, 7, 7, 3], [], [3, 0]]
+    pairs = [pair for row in zip(rounds, drafts, strict=True) for pair in zip(*row, strict=True)]
+    drafted = [(advance, width) for advance, width in pairs if width]
+    assert acceptance([generation([], rounds[:1], drafts[:1]), generation([], rounds[1:], drafts[1:])]) == {
+        "rounds": 6,
+        "rounds_without_drafts": pytest.approx(2 / 6),
+        "acceptance_length": statistics.mean(advance for advance, _ in drafted),
+        "acceptance_rate": sum(advance - 1 for advance, _ in drafted) / sum(width for _, width in drafted),
+        "acceptance_by_position": [sum(advance > k for advance, _ in drafted) / len(drafted) for k in range(1, 8)],
+    }
+
+
+def test_acceptance_where_no_round_had_drafts() -> None:
+    nothing = {"acceptance_length": None, "acceptance_rate": None, "acceptance_by_position": []}
+    assert acceptance([generation([], [[1, 1]], [[0, 0]])]) == {"rounds": 2, "rounds_without_drafts": 1} | nothing
+    assert acceptance([generation([], [[], []])]) == {"rounds": 0, "rounds_without_drafts": None} | nothing
 
 
 PLAIN = [seconds(8.0, 10.0), seconds(10.0, 12.0), seconds(9.0, 11.0)]
@@ -82,54 +111,60 @@ def test_the_bound_and_the_share_of_it_are_taken_within_a_run() -> None:
 
 
 def test_pooling_adds_the_times_of_each_run_and_counts_prompts_through() -> None:
+    way = Way(3)
+
     def measurement(token: int, runs: slice) -> Measurement:
-        generations = {AR: [generation([[token], [token]])], 3: [generation([[token + 1], [token]])]}
-        passes = [{AR: a, 3: b} for a, b in zip(PLAIN[runs], DRAFTED[runs], strict=True)]
-        return Measurement(generations, passes, {3: [{"prompt": 0, "position": 0}]})
+        generations = {AR: [generation([[token], [token]])], way: [generation([[token + 1], [token]])]}
+        passes = [{AR: a, way: b} for a, b in zip(PLAIN[runs], DRAFTED[runs], strict=True)]
+        return Measurement(generations, passes, {way: [{"prompt": 0, "position": 0}]})
 
     pooled = _pool([measurement(1, slice(0, 2)), measurement(5, slice(1, 3))])
-    assert [g.tokens for g in pooled.generations[AR] + pooled.generations[3]] == [
+    assert [g.tokens for g in pooled.generations[AR] + pooled.generations[way]] == [
         [[1], [1]],
         [[5], [5]],
         [[2], [1]],
         [[6], [5]],
     ]
     assert [p[AR]["decode"] for p in pooled.passes] == [18.0, 19.0]
-    assert [p[3]["total"] for p in pooled.passes] == [9.0, 15.0]
-    assert pooled.differing == {3: [{"prompt": 0, "position": 0}, {"prompt": 2, "position": 0}]}
+    assert [p[way]["total"] for p in pooled.passes] == [9.0, 15.0]
+    assert pooled.differing == {way: [{"prompt": 0, "position": 0}, {"prompt": 2, "position": 0}]}
 
 
 def test_a_timed_pass_decodes_each_batch_in_all_ways_and_measures_steps_beside_them() -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, Way]] = []
     measured: list[int] = []
 
-    def decode(first: int, width: int) -> Generation:
-        calls.append((first, width))
-        if width == AR:
-            return Generation([[0] * 5, [0] * 9], [], 0.0, 3.0)  # 8 steps
-        return Generation([], [[1, 1, 2], [4, 1, 1, 2]], 0.0, float(width))  # 4 rounds
+    two, three, auto = Way(2), Way(3), Way(AUTO)
 
-    def costs(first: int) -> dict[int, dict[str, float]]:
+    def decode(first: int, way: Way) -> Generation:
+        calls.append((first, way))
+        if way == AR:
+            return Generation([[0] * 5, [0] * 9], [], 0.0, 3.0)  # 8 steps
+        return Generation([], [[1, 1, 2], [4, 1, 1, 2]], 0.0, 3.0 if way == three else 2.0)  # 4 rounds
+
+    def costs(first: int) -> dict[Way, dict[str, float]]:
         measured.append(first)
-        return {width: {"verify": 1.0, "draft": 0.1 * width} for width in (AR, 2, 3)}
+        return {AR: {"verify": 1.0, "draft": 0.0}, three: {"verify": 1.0, "draft": 0.3}, two: {"verify": 0, "draft": 0}}
 
     shapes = [(2, 64)] * 2 + [(2, 128)] * 8
     batches = list(zip(range(0, 20, 2), shapes, strict=True))
-    found = _timed_pass(batches, (AR, 2, 3), decode, costs, run=1)
-    assert calls == [(first, width) for first in range(0, 20, 2) for width in (2, 3, AR)]
+    found = _timed_pass(batches, (AR, two, three, auto), decode, costs, run=1)
+    assert calls == [(first, way) for first in range(0, 20, 2) for way in (two, three, auto, AR)]
     assert COSTS_EVERY == 4
     assert measured == [0, 4, 8, 16]  # the first batch of either shape, and the fifth and ninth batch
     assert found[AR] | {"total": 0} == seconds(30.0, 0, verify=80.0, draft=0.0)
-    assert found[3]["decode"] == 30.0
-    assert (found[3]["verify"], found[3]["draft"]) == (pytest.approx(40.0), pytest.approx(0.1 * 3 * 40))
+    assert found[auto] | {"total": 0} == seconds(20.0, 0, verify=0.0, draft=0.0)  # rounds of no one cost
+    assert found[three]["decode"] == 30.0
+    assert (found[three]["verify"], found[three]["draft"]) == (pytest.approx(40.0), pytest.approx(0.3 * 40))
 
 
 def test_a_report_without_rounds_is_shown_and_is_json() -> None:
     """Every answer was one token, which the prefill yields."""
-    generations = {AR: [generation([[7], [7]])], 3: [generation([[7], [7]], [[], []])]}
-    passes = [{AR: a, 3: b} for a, b in zip(PLAIN, DRAFTED, strict=True)]
-    case = Case(Settings(max_new_tokens=1), 0.0, 2, (3,))
-    report = _report(random_draft(0, FULL), Measurement(generations, passes, {3: []}), case, 3, "x")
+    way = Way(3)
+    generations = {AR: [generation([[7], [7]])], way: [generation([[7], [7]], [[], []])]}
+    passes = [{AR: a, way: b} for a, b in zip(PLAIN, DRAFTED, strict=True)]
+    case = Case(Settings(max_new_tokens=1), 0.0, 2, (way,))
+    report = _report(random_draft(0, FULL), Measurement(generations, passes, {way: []}), case, way, "x")
     assert (report["rounds"], report["acceptance_length"], report["speedup_bound"]) == (0, None, None)
     json.dumps(report, allow_nan=False)
     assert dict(table({"x": report}))["acceptance length (tokens a round)"] == "-"
@@ -142,6 +177,11 @@ def test_a_report_without_rounds_is_shown_and_is_json() -> None:
         ({"batch_sizes": (2, 1, 2)}, "batch_sizes: 2 is there twice"),
         ({"draft_tokens": (3, 4)}, "draft_tokens is 4; this draft proposes 1 to 3"),
         ({"draft_tokens": (0,)}, "draft_tokens is 0; this draft proposes 1 to 3"),
+        ({"draft_tokens": (AUTO, 3, AUTO)}, "draft_tokens: auto is there twice"),
+        ({"tree_nodes": (9, 9)}, "tree_nodes: 9 is there twice"),
+        ({"tree_nodes": (9, 2)}, "tree_nodes is 2; give 3 "),
+        ({"draft_tokens": (AUTO, 1, 2), "tree_nodes": (1,)}, "tree_nodes is 1; give 2 "),
+        ({"tree_nodes": (FULL.vocab_size + 1,)}, "tree_nodes is 97; give 3 .* to 96"),
         ({"temperatures": (0.0, -1.0)}, "temperature is -1.0"),
         ({"top_p": 0.9}, "top_p is 0.9, but temperature 0 is greedy"),
         ({"temperatures": (0.0, 1.0), "top_k": 0}, "top_k is 0; give at least 1"),
@@ -151,7 +191,7 @@ def test_a_report_without_rounds_is_shown_and_is_json() -> None:
 )
 def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_settings(Settings(**changes), block_size=4)
+        check_settings(Settings(**changes), FULL)
 
 
 def test_a_grid_of_settings_over_two_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +207,7 @@ def test_a_grid_of_settings_over_two_data_sets(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(benchmark, "generate", counting)
     monkeypatch.setattr(
-        benchmark, "_step_costs", lambda *args: {width: {"verify": 2.0, "draft": 1.0} for width in (AR, 2, 3)}
+        benchmark, "_step_costs", lambda *args: {way: {"verify": 2.0, "draft": 1.0} for way in (AR, Way(2), Way(3))}
     )
     reports = benchmark_decoding(target, draft, data_sets, settings)
 
@@ -202,11 +242,73 @@ def test_a_grid_of_settings_over_two_data_sets(monkeypatch: pytest.MonkeyPatch) 
             )
 
 
+def test_trees_and_chosen_widths_are_ways_beside_the_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = random_target(0), random_draft(0, FULL)
+    prompts = random_prompts(3, 4)
+    settings = Settings(12, (5,), (2,), (1, AUTO, 2), runs=2, tree_nodes=(6,))
+    autos: list[AutoWidth] = []
+
+    def watching(*args: Any, **kwargs: Any) -> Generation:
+        if isinstance(kwargs.get("draft_tokens"), AutoWidth):
+            autos.append(kwargs["draft_tokens"])
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(benchmark, "generate", watching)
+    reports = benchmark_decoding(target, draft, {"one": prompts[:2], "two": prompts[2:]}, settings)
+    labels = ("1", "auto", "2", "tree of 6")
+    assert list(reports) == [f"{name}, {label} drafts" for name in ("one", "two", "all") for label in labels]
+    # One object a data set, over the untimed pass and two timed ones.
+    assert [autos.count(auto) for auto in dict.fromkeys(autos)] == [3, 3]
+    json.dumps(reports, allow_nan=False)
+
+    plain = generate(target, prompts, None, 12, (5,)).tokens
+    one, auto, two, tree = (reports[f"all, {label} drafts"] for label in labels)
+    for report in (one, auto, two, tree):
+        assert (report["identical"], report["outputs"]) == (True, plain)
+    ways = [(report["draft_tokens"], report["tree_nodes"]) for report in (one, auto, two, tree)]
+    assert ways == [(1, 0), ("auto", 0), (2, 0), (2, 6)]  # the tree is as deep as the widest chain
+
+    rounds = [r for row in generate(target, prompts, draft, 12, (5,), 2, tree_nodes=6).rounds for r in row]
+    assert tree["rounds"] == len(rounds) < two["rounds"]
+    assert tree["acceptance_length"] == pytest.approx(statistics.mean(rounds))
+    assert tree["acceptance_by_position"] == pytest.approx([statistics.mean(r > k for r in rounds) for k in (1, 2)])
+    assert tree["verify_s"] > 0
+    assert tree["speedup_bound"] > 0
+
+    costs = ("ar_step_s", "draft_s", "verify_s", "round_s", "speedup_bound", "share_of_bound")
+    assert [auto[name] for name in costs] == [None] * len(costs)
+    assert 0 <= auto["rounds_without_drafts"] <= 1
+    assert (one["rounds_without_drafts"], tree["rounds_without_drafts"]) == (0, 0)
+    shown = dict(table({"x": auto}))
+    assert shown["rounds without drafts"] == f"{auto['rounds_without_drafts']:.2f}"
+    assert shown["draft / verify / whole round, ms"] == "- / - / -"
+
+
 def test_steps_and_rounds_are_timed_at_the_shape_of_the_batch() -> None:
     target, draft = random_target(0), random_draft(0, FULL)
-    case = Case(Settings(12, (5,)), 0.0, 2, (2,))
+    two, tree = Way(2), Way(2, 6)
+    case = Case(Settings(12, (5,)), 0.0, 2, (two, Way(AUTO), tree))
     costs = _step_costs(target, draft, random_prompts(0, 2), case, 0)
-    assert set(costs) == {AR, 2}
+    assert set(costs) == {AR, two, tree}
     assert costs[AR]["verify"] > costs[AR]["draft"] == 0
-    assert 0 < costs[2]["verify"] < 1
-    assert costs[2]["verify"] + costs[2]["draft"] > 0
+    for way in (two, tree):
+        assert 0 < costs[way]["verify"] < 1
+        assert costs[way]["verify"] + costs[way]["draft"] > 0
+
+
+def test_the_pass_over_a_tree_runs_as_many_tokens_as_it_has_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced: both the pass alone and the pass after a draft, whose tree is built in the loop."""
+    target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
+    seen: list[tuple[int, ...]] = []
+
+    def watching(target: Any, tap_ids: Any, tree: Any, *rest: Any) -> Any:
+        seen.append((*tree.tokens.shape, tree.max_depth, len(tap_ids)))
+        return verify_tree(target, tap_ids, tree, *rest)
+
+    monkeypatch.setattr(step_costs, "verify_tree", watching)
+    with mesh_scope():
+        batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
+        state = batch.prefill(target, drafter)
+        for step in (step_costs._verify, step_costs._draft_and_verify):
+            jax.eval_shape(lambda state, step=step: step(target, drafter, state, None, Drafting(3, 8)), state)
+    assert seen == [(2, 9, 3, 0), (2, 9, 3, 2)]

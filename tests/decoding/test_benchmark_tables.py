@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from specjax.decoding.benchmark_plots import round_parts, speedup_lines, write_plots
+from specjax.decoding.benchmark_plots import round_parts, speedup_lines, widest, write_plots
 from specjax.decoding.benchmark_tables import markdown, tables
 from tests.reporting.run_folders import report
 
@@ -68,8 +68,23 @@ def test_markdown_has_a_line_for_every_row_and_escapes_bars() -> None:
 
 
 def test_lines_of_speedup_go_over_batch_sizes() -> None:
-    found = [(label, [r["batch_size"] for r in line]) for label, line in speedup_lines(grid())]
-    assert found == [(f"{name}, T 0, {width} drafts", [1, 4]) for name in ("all", "code") for width in (3, 7)]
+    found = [(label, [r["batch_size"] for r in line]) for label, line in speedup_lines(grid()).items()]
+    assert found == [(f"{name}, T 0, {width} drafts", [1, 4]) for name in ("code", "all") for width in (3, 7)]
+
+
+def test_ways_are_told_apart() -> None:
+    """A tree from the chain of its depth, and a chosen width."""
+    ways = {"3": {}, "auto": {"draft_tokens": "auto"}, "tree of 9": {"tree_nodes": 9}}
+    reports = {f"code, {label} drafts": report(**changes) for label, changes in ways.items()}
+    (_, columns, rows), *_ = tables(reports)
+    assert [row[columns.index("drafts")] for row in rows] == list(ways)
+    assert list(speedup_lines(reports)) == [f"code, T 0, {label} drafts" for label in ways]
+    shorter = report(draft_tokens=2, acceptance_by_position=[0.875, 0.5])
+    assert widest({"shorter": shorter, **reports}) == {
+        "code, T 0": reports["code, 3 drafts"],
+        "code, T 0, auto": reports["code, auto drafts"],
+        "code, T 0, tree of 9": reports["code, tree of 9 drafts"],
+    }
 
 
 def test_the_parts_of_a_round_add_up_to_it() -> None:

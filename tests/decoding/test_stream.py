@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -257,6 +258,24 @@ def test_times_are_measured_once_a_shape(case: Cases) -> None:
     for options in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"logit_mask": [True] * TARGET.vocab_size}):
         generate(target, prompts, random_draft(0, FULL), 4, draft_tokens=width, **options)
     assert len(width.seconds) == 4
+
+
+def test_what_the_host_does_between_rounds_is_time_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, prompt, pause, looks = random_target(0), random_prompts(0, 1), 0.2, 0
+    look = Stream._look
+    list(Stream(target, prompt, None, 4))  # compiles
+
+    def slow_look(stream: Stream) -> None:
+        nonlocal looks
+        looks += 1
+        time.sleep(pause)
+        look(stream)
+
+    monkeypatch.setattr(Stream, "_look", slow_look)
+    stream = Stream(target, prompt, None, 4)
+    list(stream)
+    assert looks == 4  # after the prefill, and after each of the three rounds
+    assert stream.result().decode_seconds > 3 * pause
 
 
 def test_masked_tokens_never_come() -> None:

@@ -56,6 +56,7 @@ def report(**changes: Any) -> dict[str, Any]:
     """A report of `specjax.decoding.benchmark`."""
     return {
         "rounds": 483,
+        "rounds_without_drafts": 0.0,
         "acceptance_length": 2.75,
         "acceptance_rate": 0.25,
         "acceptance_by_position": [0.875, 0.5, 0.375],
@@ -66,6 +67,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "batch_size": 1,
         "block_size": 8,
         "draft_tokens": 3,
+        "tree_nodes": 0,
         "max_new_tokens": 128,
         "runs": 2,
         "repeated_4gram_fraction": 0.125,

@@ -1,0 +1,90 @@
+"""What a benchmark of decoding measures: the grid of settings, and the ways of decoding that it compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from specjax.decoding.inputs import check_sampling, check_tree
+from specjax.errors import InputError
+from specjax.models.dflash import DFlashConfig
+
+Width = int | Literal["auto"]
+AUTO: Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of decoding.
+
+    draft_tokens: drafts verified a round, the depth of a tree; 0: without a draft; `AUTO`: an `AutoWidth` chooses.
+    tree_nodes: drafts of a tree; 0: a chain.
+    """
+
+    draft_tokens: Width
+    tree_nodes: int = 0
+
+    @property
+    def label(self) -> str:
+        return f"tree of {self.tree_nodes}" if self.tree_nodes else str(self.draft_tokens)
+
+
+AR = Way(0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to decode and how: every combination of temperature, batch size and way of drafting is measured.
+
+    batch_sizes: prompts decoded together. draft_tokens: drafts verified a round; none is the block's all. tree_nodes:
+    drafts of trees, measured too, as deep as the widest of draft_tokens. top_k, top_p: at temperatures above 0. seed:
+    of the first prompt of every data set. runs: timed passes.
+    """
+
+    max_new_tokens: int = 128
+    stop_token_ids: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = (1,)
+    draft_tokens: tuple[Width, ...] = ()
+    temperatures: tuple[float, ...] = (0.0,)
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    runs: int = 5
+    tree_nodes: tuple[int, ...] = ()
+
+    def depth(self, block_size: int) -> int:
+        """Of the trees."""
+        return max((width for width in self.draft_tokens if width != AUTO), default=block_size - 1)
+
+    def ways(self, block_size: int) -> tuple[Way, ...]:
+        """Ways of drafting with a draft of `block_size`: chains, then trees."""
+        chains = [Way(width) for width in self.draft_tokens or (block_size - 1,)]
+        return (*chains, *(Way(self.depth(block_size), nodes) for nodes in self.tree_nodes))
+
+
+def check_settings(settings: Settings, draft: DFlashConfig) -> None:
+    """Raises InputError for a value out of range, given twice, or of no use."""
+    for name, values in (
+        ("batch_sizes", settings.batch_sizes),
+        ("draft_tokens", settings.draft_tokens),
+        ("tree_nodes", settings.tree_nodes),
+        ("temperatures", settings.temperatures),
+    ):
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:
+            raise InputError(f"{name}: {twice[0]} is there twice; give every value once")
+    for name, numbers in (
+        ("batch size", settings.batch_sizes),
+        ("max_new_tokens", (settings.max_new_tokens,)),
+        ("runs", (settings.runs,)),
+    ):
+        if min(numbers) < 1:
+            raise InputError(f"{name} is {min(numbers)}; give at least 1")
+    for width in settings.draft_tokens:
+        if width != AUTO and not 1 <= width < draft.block_size:
+            raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {draft.block_size - 1}")
+    for nodes in settings.tree_nodes:
+        check_tree(draft.vocab_size, settings.depth(draft.block_size), nodes)
+    for temperature in settings.temperatures:
+        check_sampling(temperature, None, None)
+    check_sampling(max(settings.temperatures), settings.top_k, settings.top_p)
