@@ -160,6 +160,8 @@ def test_text_pieces_wait_for_whole_characters_and_stop_strings() -> None:
     """Bytes of one character in three tokens; a stop string that begins three times and comes once."""
 
     class Bytes:
+        all_special_tokens = ()
+
         def decode(self, tokens: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
             assert (skip_special_tokens, clean_up_tokenization_spaces) == (True, False)
             return bytes(tokens).decode("utf-8", errors="replace")
@@ -209,7 +211,7 @@ def test_samples_rules_masks_and_widths_reach_the_decoder(
     for i, prompt in enumerate(prompts):
         expected = decode(target, [prompt], draft, NEW, [STOP_TOKEN], seed=3 + 2 * i, **settings)
         assert [line["tokens"] for line in lines[2 * i : 2 * i + 2]] == expected.tokens
-    call(folder, *user(*TEXTS), *flags)
+    call(folder, *user(*TEXTS), "--temperature", "1", "--samples", "2")
     assert "[2/2, sample 1]" in capsys.readouterr().out
     suppressed = [str(t) for t in answers[0][:2]]
     call(folder, *user(TEXTS[0]), "--suppress-tokens", *suppressed, "--jsonl")
@@ -308,6 +310,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no samples": ({"samples": 0}, "samples is 0; give at least 1"),
     "equal samples": ({"samples": 2}, "samples is 2, but temperature 0 is greedy"),
     "a rule for nothing": ({"rule": "block"}, "rule is block, but temperature 0 is greedy"),
+    "a special stop": ({"stop": "<|im_end|>"}, "stop_strings holds '<|im_end|>', a special token"),
+    "a rule without a draft": ({"rule": "block", "temperature": 1}, "rule is block, but there is no draft"),
     "an empty stop": ({"stop": ""}, "stop_strings holds ''; give strings of at least one character"),
     "no such token": ({"suppress-tokens": -1}, "--suppress-tokens: -1 is outside the target's vocabulary of"),
     "no batch": ({"batch-size": 0}, "error: --batch-size is 0"),

@@ -19,11 +19,11 @@ from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.flat import Flat
 from specjax.decoding.inputs import (
     Ids,
-    check_auto,
     check_draft_tokens,
     check_limits,
     check_logit_mask,
     check_models,
+    check_rule,
     check_sampling,
     check_seeds,
     check_tree,
@@ -93,8 +93,8 @@ def generate(
     temperature: 0 is greedy; above, tokens are drawn from the target's softmax after mask, temperature, top_k and
     top_p, in this order. seed: one entry a prompt, or that of the first, and the next prompt has the next. What is
     drawn depends on a prompt, its seed and these settings alone: neither the draft nor the rest of the batch changes
-    it. rule: `match`, or `rejection` or `block`, which draw from the same law but with a draft not the same tokens (see
-    `verify`). draft_choice: drafts are the draft's likeliest tokens (`argmax`) or drawn (`sample`). samples: answers a
+    it. rule: `match`, or `rejection` or `block`, which draw from the same law, but other tokens with every draft and
+    `draft_tokens` (see `verify`). draft_choice: drafts are the draft's likeliest tokens (`argmax`) or drawn (`sample`). samples: answers a
     prompt, which share its prefill. Prompts of one call run as one batch.
 
     Raises:
@@ -158,7 +158,7 @@ class Stream:
         check_models(target, self._drafter)
         self._width = check_draft_tokens(self._drafter, draft_tokens)
         check_tree(target.config.vocab_size, self._width, tree_nodes, rule, draft_choice)
-        check_auto(self._width, rule)
+        check_rule(self._width, rule, draft_choice)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
         seeds = check_seeds(len(rows), samples, seed)

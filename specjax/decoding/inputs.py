@@ -179,8 +179,13 @@ def check_draft_tokens(drafter: Drafter | None, draft_tokens: int | AutoWidth | 
     return width
 
 
-def check_auto(draft_tokens: int | AutoWidth, rule: str) -> None:
-    """Raises InputError where a width that is chosen by time would change what is drawn, or differ by process."""
+def check_rule(draft_tokens: int | AutoWidth, rule: str, draft_choice: str) -> None:
+    """Raises InputError for a rule without drafts, and where a width that is chosen by time would change what is drawn
+    or differ by process."""
+    if not draft_tokens:
+        for name, given, unset in (("rule", rule, "match"), ("draft_choice", draft_choice, "argmax")):
+            if given != unset:
+                raise InputError(f"{name} is {given}, but there is no draft; give one or leave {name} out")
     if not isinstance(draft_tokens, AutoWidth):
         return
     if rule != "match":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import Drafter
+from specjax.decoding.flat import Flat
 from specjax.decoding.loop import PLAIN, DecodeState, Drafting
 from specjax.decoding.sampling import Sampling, choose
 from specjax.decoding.target_pass import Verified, verify_tree
@@ -27,7 +28,7 @@ Step = Callable[[Decoder, Drafter | None, DecodeState, Sampling | None, Drafting
 
 def ar_seconds(target: Decoder, batch: Batch) -> float:
     """Seconds of an autoregressive step: the target's pass over one token of every row, and its choices."""
-    state = batch.prefill(target, None)
+    state = batch.prefill(Flat.of(target), Flat.of(None))  # as `generate` runs it, which compiles it once
     return _seconds(_verify, target, None, state, batch.sampling, PLAIN)[0]
 
 
@@ -39,7 +40,7 @@ def round_seconds(target: Decoder, drafter: Drafter, batch: Batch, drafting: Dra
     A draft is measured in turn with verify passes, as in decoding: alone in a loop, a small draft's weights would stay
     in the processor's caches, from where the target's weights drive them in every round.
     """
-    state = batch.prefill(target, drafter)
+    state = batch.prefill(Flat.of(target), Flat.of(drafter))
     verify, state = _seconds(_verify, target, drafter, state, batch.sampling, drafting)
     both, _ = _seconds(_draft_and_verify, target, drafter, state, batch.sampling, drafting)
     return both - verify, verify

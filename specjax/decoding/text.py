@@ -34,6 +34,11 @@ class StopStrings:
                 raise InputError(f"stop_strings holds {string!r}; give strings of at least one character")
         if tokenizer is None:
             raise InputError("stop_strings are text, but there is no tokenizer; give one, or use stop_token_ids")
+        for string in strings:
+            if string in tokenizer.all_special_tokens:
+                raise InputError(
+                    f"stop_strings holds {string!r}, a special token, which no text has; use stop_token_ids"
+                )
         return cls(tuple(strings), tokenizer)
 
     def end(self, tokens: Sequence[int], checked: int = 0) -> int | None:

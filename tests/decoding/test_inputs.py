@@ -84,6 +84,12 @@ def refused(caplog: pytest.LogCaptureFixture, message: str, *args: Any, **kwargs
         ([PROMPT], {"temperature": 1.0, "draft_choice": "beam"}, "draft_choice is 'beam'; give one of argmax, sample"),
         ([PROMPT], {"rule": "block"}, "rule is block, but temperature 0 is greedy"),
         ([PROMPT], {"draft_choice": "sample"}, "draft_choice is sample, but temperature 0 is greedy"),
+        (
+            [PROMPT],
+            {"temperature": 1.0, "rule": "block"},
+            "rule is block, but there is no draft; give one or leave rule",
+        ),
+        ([PROMPT], {"temperature": 1.0, "draft_choice": "sample"}, "draft_choice is sample, but there is no draft"),
         ([PROMPT], {"samples": 2}, "samples is 2, but temperature 0 is greedy"),
         ([PROMPT], {"temperature": 1.0, "samples": 0}, "samples is 0; give at least 1"),
         ([PROMPT], {"temperature": 1.0, "samples": 1.5}, "samples is 1.5; give an integer"),

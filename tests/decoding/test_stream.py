@@ -26,6 +26,8 @@ HOT = {"temperature": 0.9, "top_k": 20, "top_p": 0.95}
 class Letters:
     """A tokenizer: every token is one to three letters, token 0 is special and has none."""
 
+    all_special_tokens = ("<special>",)
+
     def decode(
         self, tokens: list[int], skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False
     ) -> str:
