@@ -94,8 +94,8 @@ def generate(
     top_p, in this order. seed: one entry a prompt, or that of the first, and the next prompt has the next. What is
     drawn depends on a prompt, its seed and these settings alone: neither the draft nor the rest of the batch changes
     it. rule: `match`, or `rejection` or `block`, which draw from the same law, but other tokens with every draft and
-    `draft_tokens` (see `verify`). draft_choice: drafts are the draft's likeliest tokens (`argmax`) or drawn (`sample`). samples: answers a
-    prompt, which share its prefill. Prompts of one call run as one batch.
+    `draft_tokens` (see `verify`). draft_choice: drafts are the draft's likeliest tokens (`argmax`) or drawn (`sample`).
+    samples: answers a prompt, which share its prefill. Prompts of one call run as one batch.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
