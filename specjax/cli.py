@@ -77,8 +77,8 @@ def check_seed(args: argparse.Namespace) -> None:
         raise InputError(f"--seed is {args.seed}; give an integer from 0 to 2**32 - 1")
 
 
-def number_or_auto(text: str) -> int | Literal["auto"]:
-    """A word of --draft-tokens.
+def number_or_auto(text: str, option: str = "--draft-tokens") -> int | Literal["auto"]:
+    """A word of an option.
 
     Raises:
         InputError: it is neither.
@@ -88,7 +88,7 @@ def number_or_auto(text: str) -> int | Literal["auto"]:
     try:
         return int(text)
     except ValueError:
-        raise InputError(f"--draft-tokens is {text!r}; give a number or auto") from None
+        raise InputError(f"{option} is {text!r}; give a number or auto") from None
 
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:

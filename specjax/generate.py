@@ -61,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft-tokens", help="drafts verified a round (default: block size - 1), or auto: what pays, as measured"
     )
-    parser.add_argument("--tree-nodes", type=int, help="verify a tree of so many drafts a round (default: a chain)")
+    parser.add_argument(
+        "--tree-nodes",
+        help="verify a tree of so many drafts a round (default: a chain), or auto, with --draft-tokens auto: what pays",
+    )
     add_sampling_arguments(parser)
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="answers a prompt, at a temperature")
     parser.add_argument("--rule", choices=("match", "rejection", "block"), default="match", help="how drafts are kept")
@@ -95,7 +98,13 @@ def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
     width = None if args.draft_tokens is None else number_or_auto(args.draft_tokens)
     settings = {"samples": args.samples, "rule": args.rule, "draft_choice": args.draft_choice}
     check_sampling(args.temperature, args.top_k, args.top_p, **settings)
-    return settings | {"draft_tokens": AutoWidth() if width == "auto" else width, "tree_nodes": args.tree_nodes}
+    nodes = None if args.tree_nodes is None else number_or_auto(args.tree_nodes, "--tree-nodes")
+    if nodes == "auto" and width != "auto":
+        raise InputError("--tree-nodes auto chooses the depth of trees, too: give --draft-tokens auto with it")
+    return settings | {
+        "draft_tokens": AutoWidth(trees=nodes == "auto") if width == "auto" else width,
+        "tree_nodes": None if nodes == "auto" else nodes,
+    }
 
 
 def _target_settings(args: argparse.Namespace, models: Models) -> dict[str, Any]:
@@ -158,7 +167,8 @@ def _answers(
                 answer["text"] = final_text(tokens, models.stop_token_ids, models.tokenizer, strings)
             if rounds:
                 widths = generation.draft_tokens[row]
-                answer |= {"draft_tokens": widths} | _acceptance(rounds, widths)
+                answer |= {"draft_tokens": widths, "tree_nodes": generation.tree_nodes[row]}
+                answer |= _acceptance(rounds, widths)
             yield answer
 
 

@@ -3,120 +3,197 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+
+from specjax.decoding.loop import PLAIN, Drafting
+from specjax.decoding.tree import MOST_TREE_NODES
 
 FIRST_ROUNDS = 4  # of a call, before the acceptance of its own prompts is looked at
 DRAFT_ROUNDS = 8  # between two choices
 PLAIN_ROUNDS = 16
 PROBE_ROUNDS = 2
-BUDGET = 0.015  # share of the time without drafts that looking for better times may cost
+REPEATS = 3  # of a measurement
+BUDGET = 0.015  # share of the time that looking for better ways may cost
 MEMORY = 0.93  # weight of a round's acceptance against the next one's
-STALE = 0.995  # the same at positions past a round's drafts: so wider blocks are tried again, but seldom
+STALE = 0.995  # the same where a round had no such drafts: so wider blocks are tried again, but seldom
 PRIOR = 2.0  # rows and rounds that a position's own acceptance counts against all positions' together
+TREE_SIZES = 2, 4, 8  # nodes of the trees that are tried, in chains
+TREE_DEPTHS = 2  # the widest chains get trees
 
-Seconds = dict[int, float]  # of a round by its drafts; 0: without drafts
-Measure = Callable[[int], float]
+Seconds = dict[Drafting, float]  # of a round; `PLAIN`: without drafts
+
+
+class Measured(NamedTuple):
+    """Seconds of a round, and the rounds [b, r] that were measured: matched drafts + 1."""
+
+    seconds: float
+    rounds: npt.NDArray[np.integer]
 
 
 class Step(NamedTuple):
-    draft_tokens: int
+    drafting: Drafting
     rounds: int
 
 
 class AutoWidth:
     """Pass one object to every call that may learn from the others: it keeps what it measured.
 
-    The width n with the most tokens a second is taken, (1 + sum_k S_k) / T(n) for k = 1..n, with T(n) the measured
-    seconds of a round and S_k the probability that k drafts match, from the conditional acceptance of every position in
-    recent rounds. Where no width beats decoding without drafts, that is done, and from time to time a few rounds are
-    drafted again, for at most `BUDGET` of the time.
+    What yields the most tokens a second is taken, (1 + sum_k S_k) / T for k = 1..n, with T the measured seconds of a
+    round and S_k the probability that k of its n drafts match, from the conditional acceptance of every position in
+    recent rounds; where that is no more than decoding without drafts, nothing is drafted. Other ways are tried again
+    from time to time, for at most `BUDGET` of the time.
+
+    trees: choose among trees of drafts, too. A tree's acceptance is learned from its own rounds, and is no less than
+    the chain's, which it holds.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trees: bool = False) -> None:
+        self.trees = trees
         self.seconds: dict[Hashable, Seconds] = {}
         self.saved = 0.0  # of the budget, in rounds without drafts; over all calls, for one may be too short to try
-        self._tried = np.zeros(0)
-        self._kept = np.zeros(0)
+        self._acceptance: dict[Drafting | None, _Acceptance] = {}  # None: of all chains
+        self._rounds = 0  # with drafts
+        self._last: dict[Drafting | None, int] = {}  # of these, the last use
 
-    @staticmethod
-    def widths(block_size: int) -> tuple[int, ...]:
-        """What is chosen from: no drafts, the whole block, and blocks of 2, 4, 8, ... slots."""
+    def options(self, block_size: int, vocab_size: int, draft_choice: str = "argmax") -> tuple[Drafting, ...]:
+        """What is chosen from: no drafts; the whole block, and blocks of 2, 4, 8, ... slots; and trees of these."""
         most = block_size - 1
-        return (0, *(2**k - 1 for k in range(1, 31) if 2**k - 1 < most), most)
+        widths = [*(2**k - 1 for k in range(1, 31) if 2**k - 1 < most), most]
+        chains = (Drafting(width, draft_choice=draft_choice) for width in widths)
+        limit = min(MOST_TREE_NODES, vocab_size)
+        trees = (
+            Drafting(width, tree_nodes=size * width)
+            for width in widths[-TREE_DEPTHS:]
+            for size in TREE_SIZES
+            if self.trees and size * width <= limit
+        )
+        return (PLAIN, *chains, *trees)
 
-    def times(self, key: Hashable, block_size: int, measure: Callable[[tuple[int, ...]], Seconds]) -> Seconds:
-        """Seconds of a round for every width, measured once a `key`: all that a round's costs depend on."""
+    def times(
+        self, options: tuple[Drafting, ...], setting: Hashable, measure: Callable[[Drafting], Measured]
+    ) -> Seconds:
+        """Seconds of a round of every option, measured once a `setting`: all else that a round's costs depend on.
+
+        Medians of `measure`, called for all in turn, so that a drift of the machine meets all alike; and the rounds
+        that were run tell what acceptance to begin with.
+        """
+        key = options, setting
         if key not in self.seconds:
-            self.seconds[key] = measure(self.widths(block_size))
+            runs = [{option: measure(option) for option in options} for _ in range(REPEATS)]
+            for option, measured in runs[0].items():
+                self.saw(option, measured.rounds)
+            self.seconds[key] = {o: statistics.median(run[o].seconds for run in runs) for o in options}
         return self.seconds[key]
 
     def start(self, seconds: Seconds) -> Choice:
         """The choices of one call."""
-        most = max(seconds)
-        if len(self._tried) < most:
-            grown = np.zeros((2, most))
-            grown[:, : len(self._tried)] = self._tried, self._kept
-            self._tried, self._kept = grown
         return Choice(self, seconds)
 
-    def saw(self, draft_tokens: int, rounds_br: np.ndarray) -> None:
+    def saw(self, drafting: Drafting, rounds_br: npt.NDArray[np.integer]) -> None:
         """Takes in rounds [b, r]: matched drafts + 1, 0 where a row was done."""
+        if drafting == PLAIN:
+            return
+        kind = _kind(drafting)
+        if kind in self._acceptance:
+            self._acceptance[kind].fade(self._rounds - self._last[kind])
+        self._rounds += rounds_br.shape[1]
+        self._last[kind] = self._rounds
         for column in rounds_br.T:
-            matched = column[column > 0][:, None] - 1
-            if draft_tokens and matched.size:
-                position = np.arange(draft_tokens)
-                for mean, hits in ((self._tried, matched >= position), (self._kept, matched > position)):
-                    mean[:draft_tokens] = MEMORY * mean[:draft_tokens] + (1 - MEMORY) * hits.sum(0)
-                    mean[draft_tokens:] *= STALE
+            if (matched := column[column > 0] - 1).size:
+                self._acceptance.setdefault(kind, _Acceptance()).saw(drafting.draft_tokens, matched)
 
-    def expected_tokens(self, draft_tokens: int) -> float | None:
-        """Tokens of a round of so many drafts; None before any was seen."""
-        tried, kept = self._tried.sum(), self._kept.sum()
-        if not tried:
-            return None
-        prior = PRIOR * (1 - MEMORY)
-        accepted = (self._kept + prior * kept / tried) / (self._tried + prior)
-        return 1 + float(np.cumprod(accepted[:draft_tokens]).sum())
+    def expected_tokens(self, drafting: Drafting) -> float | None:
+        """Tokens of a round; None before any like it was seen."""
+        kinds = {None, _kind(drafting)} & self._acceptance.keys()
+        return max((self._acceptance[kind].expected(drafting.draft_tokens) for kind in kinds), default=None)
+
+    def last_used(self, drafting: Drafting) -> int:
+        return self._last.get(_kind(drafting), 0)
 
 
 class Choice:
     """The next step of one call, again and again."""
 
     def __init__(self, auto: AutoWidth, seconds: Seconds):
-        self._auto, self._seconds = auto, seconds
+        self._auto, self._plain = auto, seconds[PLAIN]
+        self._cost = {drafting: each / self._plain for drafting, each in seconds.items()}  # in rounds without drafts
         self._first = True
-        self._step = Step(0, 0)  # what is left of what was decided last
+        self._saving = False
+        self._step = Step(PLAIN, 0)  # what is left of what was decided last
 
     def next(self, at_most: int) -> Step:
-        """Drafts of the next rounds, and how many of these: `at_most`, or fewer."""
+        """How to draft in the next rounds, and how many of these: `at_most`, or fewer."""
         if not self._step.rounds:
             self._step = self._decided()
-        width, left = self._step
+        drafting, left = self._step
         taken = min(at_most, left)
-        self._step = Step(width, left - taken)
-        if not width:
-            self._auto.saved += BUDGET * taken
-        return Step(width, taken)
+        self._step = Step(drafting, left - taken)
+        if self._saving:
+            self._auto.saved += BUDGET * taken * self._cost[drafting]
+        return Step(drafting, taken)
 
     def _decided(self) -> Step:
-        plain, widths = self._seconds[0], [n for n in self._seconds if n]
-        expected = {n: self._auto.expected_tokens(n) for n in widths}
-        rates = {n: 1.0 if tokens is None else tokens / self._seconds[n] * plain for n, tokens in expected.items()}
-        best = max(widths, key=lambda n: (rates[n], n))
+        drafted = [drafting for drafting in self._cost if drafting != PLAIN]
+        expected = {drafting: self._auto.expected_tokens(drafting) for drafting in drafted}
+        rates = {d: 1.0 if tokens is None else tokens / self._cost[d] for d, tokens in expected.items()} | {PLAIN: 1.0}
+        chains = [drafting for drafting in drafted if not drafting.tree_nodes]
+        chain = max(chains, key=lambda d: (rates[d], d.draft_tokens))
+        best = max((chain, *drafted), key=lambda d: rates[d])
+        leader = best if rates[best] >= 1 else PLAIN
+        tried = self._to_try(leader, best, rates)
+        if tried is not None:
+            # A round yields a token, and what is expected where that has lately been seen.
+            tokens = expected[tried] if leader != PLAIN else None
+            risk = PROBE_ROUNDS * max(self._cost[tried] - (tokens or 1) / rates[leader], 0.0)
+            if self._auto.saved >= risk:
+                self._auto.saved -= risk
+                self._saving = False
+                return Step(tried, PROBE_ROUNDS)
+        self._saving = tried is not None
         first, self._first = self._first, False
-        if rates[best] >= 1:
-            return Step(best, FIRST_ROUNDS if first else DRAFT_ROUNDS)
-        risk = PROBE_ROUNDS * max(self._seconds[best] / plain - 1, 0.0)
-        if self._auto.saved >= risk:
-            self._auto.saved -= risk
-            return Step(best, PROBE_ROUNDS)
-        return Step(0, PLAIN_ROUNDS)
+        return Step(leader, PLAIN_ROUNDS if leader == PLAIN else FIRST_ROUNDS if first else DRAFT_ROUNDS)
+
+    def _to_try(self, leader: Drafting, best: Drafting, rates: dict[Drafting, float]) -> Drafting | None:
+        """What may be better than the leader, for all that is known."""
+        others = [best]
+        if leader != PLAIN:
+            others = [d for d in self._cost if d != PLAIN and _kind(d) != _kind(leader)]
+        able = [drafting for drafting in others if (drafting.draft_tokens + 1) / self._cost[drafting] > rates[leader]]
+        return min(able, key=lambda d: (self._auto.last_used(d), self._cost[d]), default=None)
 
 
-def median_seconds(widths: Sequence[int], run: Measure, repeats: int = 3) -> Seconds:
-    """Median of `run(width)`, taken in turn, so that a drift of the machine meets all alike."""
-    seconds = [{width: run(width) for width in widths} for _ in range(repeats)]
-    return {width: statistics.median(each[width] for each in seconds) for width in widths}
+class _Acceptance:
+    """Conditional acceptance of every position in recent rounds."""
+
+    def __init__(self) -> None:
+        self._tried, self._kept = np.zeros(0), np.zeros(0)
+
+    def saw(self, draft_tokens: int, matched: npt.NDArray[np.integer]) -> None:
+        """Takes in a round of some rows: drafts that matched in each."""
+        new = np.zeros(max(draft_tokens - len(self._tried), 0))
+        self._tried, self._kept = np.append(self._tried, new), np.append(self._kept, new)
+        position = np.arange(draft_tokens)
+        for mean, hits in ((self._tried, matched[:, None] >= position), (self._kept, matched[:, None] > position)):
+            mean[:draft_tokens] = MEMORY * mean[:draft_tokens] + (1 - MEMORY) * hits.sum(0)
+            mean[draft_tokens:] *= STALE
+
+    def fade(self, rounds: int) -> None:
+        """That many rounds were decoded in other ways."""
+        self._tried *= STALE**rounds
+        self._kept *= STALE**rounds
+
+    def expected(self, draft_tokens: int) -> float:
+        """Tokens of a round."""
+        tried, kept = (np.append(x, np.zeros(max(draft_tokens - len(x), 0))) for x in (self._tried, self._kept))
+        prior = PRIOR * (1 - MEMORY)
+        accepted = (kept + prior * kept.sum() / tried.sum()) / (tried + prior)
+        return 1 + float(np.cumprod(accepted[:draft_tokens]).sum())
+
+
+def _kind(drafting: Drafting) -> Drafting | None:
+    """What shares one acceptance: chains of all widths, or trees of one shape."""
+    return drafting if drafting.tree_nodes else None

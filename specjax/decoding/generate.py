@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import PartitionSpec as P
 
-from specjax.decoding.auto_width import AutoWidth, Seconds, median_seconds
+from specjax.decoding.auto_width import AutoWidth, Measured
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.flat import Flat
@@ -42,6 +42,7 @@ from specjax.models.sharding import SPECS, mesh_scope, put
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MEASURED_ROUNDS = 4
 STRING_ROUNDS = 16  # between two looks for stop strings
 NEVER = 2**30  # tokens, or rounds
 
@@ -51,7 +52,8 @@ class Generation:
     """What was generated; one entry a prompt, or with several samples of each one a sample, a prompt's together.
 
     tokens: new tokens, a stop token included as the last. rounds: matched drafts + 1 of each round before any cut
-    (empty without a draft). draft_tokens: drafts verified in each of these rounds; those with 0 were decoded without.
+    (empty without a draft). draft_tokens, tree_nodes: of each of these rounds the drafts of the chain, or the depth and
+    the drafts of the tree (0 nodes: a chain); rounds with 0 draft_tokens were decoded without.
     prefill_seconds, decode_seconds: wall time of the two phases.
     """
 
@@ -60,6 +62,7 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     draft_tokens: list[list[int]] = field(default_factory=list)
+    tree_nodes: list[list[int]] = field(default_factory=list)
 
 
 def generate(
@@ -156,9 +159,9 @@ class Stream:
         check_sampling(temperature, top_k, top_p, rule, draft_choice, samples)
         self._drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
         check_models(target, self._drafter)
-        self._width = check_draft_tokens(self._drafter, draft_tokens)
-        check_tree(target.config.vocab_size, self._width, tree_nodes, rule, draft_choice)
-        check_rule(self._width, rule, draft_choice)
+        width = check_draft_tokens(self._drafter, draft_tokens)
+        check_tree(target.config.vocab_size, width, tree_nodes, rule, draft_choice)
+        check_rule(width, rule, draft_choice)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
         seeds = check_seeds(len(rows), samples, seed)
@@ -170,10 +173,11 @@ class Stream:
         self._target = target
         self._flat = Flat.of(target), Flat.of(self._drafter)
         self._rounds_a_step = rounds_a_step
-        self._drafting = Drafting(0, tree_nodes or 0, rule, draft_choice)
+        self._auto = width if isinstance(width, AutoWidth) else None
+        self._drafting = PLAIN if isinstance(width, AutoWidth) else Drafting(width, tree_nodes or 0, rule, draft_choice)
         self._progress: _Progress | None = None
         self._round = 0
-        self._widths: list[int] = []  # of every round of the loop
+        self._drafted: list[Drafting] = []  # of every round of the loop
         self._prefill_seconds = self._decode_seconds = 0.0
         self._shown = [0] * (len(rows) * samples)  # tokens that iterating has given
         with mesh_scope(), matmul_precision(target.dtype):
@@ -187,9 +191,10 @@ class Stream:
             self._ends: list[int | None] = [None] * len(batch.lengths)  # by stop strings
             self._searched = [0] * len(batch.lengths)  # tokens without one
             self._choice = None
-            if isinstance(self._width, AutoWidth):
-                seconds = self._width.times(self._costs_key(), block_size, self._measured)
-                self._choice = self._width.start(seconds)
+            if self._auto is not None:
+                options = self._auto.options(block_size, target.config.vocab_size, draft_choice)
+                seconds = self._auto.times(options, self._costs_key(), self._measure)
+                self._choice = self._auto.start(seconds)
             started = time.perf_counter()
             self._state = jax.block_until_ready(self._batch.prefill(*self._flat))
             self._prefill_seconds = time.perf_counter() - started
@@ -210,14 +215,18 @@ class Stream:
         while not self._finished():
             self._step(STRING_ROUNDS if self._strings else NEVER)
         assert self._progress is not None
-        tokens, rounds, widths = self._rows(), [], []
+        tokens = self._rows()
+        rounds: list[list[int]] = []
+        drafted: list[list[Drafting]] = []
         for row, count in zip(self._progress.rounds, map(len, tokens), strict=True):
             had = np.flatnonzero(row)
             before = np.cumsum(row[had]) - row[had] + 1  # tokens before each round: a stop string may end it earlier
             had = had[before < count]
             rounds.append(row[had].tolist() if self._drafter else [])
-            widths.append([self._widths[i] for i in had] if self._drafter else [])
-        return Generation(tokens, rounds, self._prefill_seconds, self._decode_seconds, widths)
+            drafted.append([self._drafted[i] for i in had] if self._drafter else [])
+        draft_tokens = [[each.draft_tokens for each in row] for row in drafted]
+        tree_nodes = [[each.tree_nodes for each in row] for row in drafted]
+        return Generation(tokens, rounds, self._prefill_seconds, self._decode_seconds, draft_tokens, tree_nodes)
 
     def _finished(self) -> bool:
         if self._progress is None:
@@ -235,23 +244,21 @@ class Stream:
 
     def _step(self, rounds: int) -> None:
         """At most so many rounds; fewer where the width is to be chosen again."""
-        started, width = time.perf_counter(), self._width
+        started, drafting = time.perf_counter(), self._drafting
         with jax.set_mesh(self._mesh), matmul_precision(self._target.dtype):
             if self._choice is not None:
-                width, rounds = self._choice.next(rounds)
-            assert isinstance(width, int)
-            self._state = self._run(self._state, self._batch, width, self._round + rounds)
+                drafting, rounds = self._choice.next(rounds)
+            self._state = self._run(self._state, self._batch, drafting, self._round + rounds)
             first = self._round
             self._look()
-        self._widths += [width] * (self._round - first)
-        if isinstance(self._width, AutoWidth) and self._progress is not None:
-            self._width.saw(width, self._progress.rounds[:, first : self._round])
+        self._drafted += [drafting] * (self._round - first)
+        if self._auto is not None and self._progress is not None:
+            self._auto.saw(drafting, self._progress.rounds[:, first : self._round])
         self._decode_seconds += time.perf_counter() - started
 
-    def _run(self, state: DecodeState, batch: Batch, width: int, until: int) -> DecodeState:
+    def _run(self, state: DecodeState, batch: Batch, drafting: Drafting, until: int) -> DecodeState:
         limit = put(np.int32(min(until, NEVER)), P())
         arguments = *self._flat, state, batch.limits, batch.sampling, limit
-        drafting = replace(self._drafting, draft_tokens=width) if width else PLAIN
         return jax.block_until_ready(decode(*arguments, drafting=drafting))
 
     def _look(self) -> None:
@@ -285,28 +292,19 @@ class Stream:
             self._progress = replace(self._progress, done=self._progress.done | ended[: len(self._progress.done)])
 
     def _costs_key(self) -> Hashable:
-        """What the seconds of a round depend on, but for the number of drafts."""
+        """What the seconds of a round depend on, but for the drafts."""
         structures = [flat.structure for flat in self._flat] + [jax.tree.structure(self._batch.sampling)]
-        return self._batch.rows, self._batch.capacity, self._drafting, self._mesh, *structures
+        return self._batch.rows, self._batch.capacity, self._mesh, *structures
 
-    def _measured(self, widths: tuple[int, ...]) -> Seconds:
-        """Seconds of a round of each width, on rows that do not end."""
+    def _measure(self, drafting: Drafting) -> Measured:
+        """The first rounds after the prompts, on rows that do not end."""
         limits = self._batch.limits
         endless = Limits(jnp.full_like(limits.total, NEVER), jnp.full_like(limits.stops, -1))
-        batch = replace(self._batch, limits=endless)
-        state, rounds = batch.prefill(*self._flat), 0
-        for width in widths:
-            state = self._run(state, batch, width, 0)  # compiles, runs nothing
-
-        def run(width: int) -> float:
-            nonlocal state, rounds
-            count = 4 if width else TAPS_BUFFER
-            started = time.perf_counter()
-            state = self._run(state, batch, width, rounds + count)
-            rounds += count
-            return (time.perf_counter() - started) / count
-
-        return median_seconds(widths, run)
+        batch, count = replace(self._batch, limits=endless), MEASURED_ROUNDS if drafting.draft_tokens else TAPS_BUFFER
+        state = self._run(batch.prefill(*self._flat), batch, drafting, 0)  # compiles, runs nothing
+        started = time.perf_counter()
+        state = self._run(state, batch, drafting, count)
+        return Measured((time.perf_counter() - started) / count, fetch(state.rounds)[:, :count])
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from specjax.decoding.auto_width import AutoWidth
 from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.tree import MOST_TREE_NODES
 from specjax.decoding.verify import DRAFT_CHOICES, RULES
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import target_mismatches
 
-MOST_TREE_NODES = 1024  # every node sees the others through a mask of nodes^2
 LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
 
 Ids = Sequence[int] | npt.NDArray[np.integer]
@@ -193,6 +193,8 @@ def check_rule(draft_tokens: int | AutoWidth, rule: str, draft_choice: str) -> N
             f"rule is {rule}, but draft_tokens is auto: where rounds begin decides what {rule} draws, and would depend "
             "on the machine's speed; give match, or a number of draft tokens"
         )
+    if draft_tokens.trees and draft_choice != "argmax":
+        raise InputError(f"draft_choice is {draft_choice}, but a tree needs argmax; leave it out, or trees")
     if jax.process_count() > 1:
         raise InputError("draft_tokens is auto, which every process would choose by itself; give a number")
 
@@ -210,7 +212,7 @@ def check_tree(
     if not draft_tokens:
         raise InputError(f"tree_nodes is {tree_nodes}, but there is no draft; give one or leave it out")
     if isinstance(draft_tokens, AutoWidth):
-        raise InputError(f"tree_nodes is {tree_nodes}, but draft_tokens is auto; give one of the two")
+        raise InputError(f"tree_nodes is {tree_nodes}, but draft_tokens is auto; give one of the two, or auto for both")
     for name, given, needed in (("rule", rule, "match"), ("draft_choice", draft_choice, "argmax")):
         if given != needed:
             raise InputError(f"{name} is {given}, but a tree needs {needed}; leave {name} or tree_nodes out")

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 
 from specjax.models.sharding import SPECS
 
+MOST_TREE_NODES = 1024  # every node sees the others through a mask of nodes^2
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Tokens as they come, and what the host decides between slices of the loop: stop strings and widths."""
+"""Tokens as they come, and what the host decides between slices of the loop: stop strings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from specjax.decoding import AutoWidth, DFlashDrafter, Stream, generate
+from specjax.decoding import DFlashDrafter, Stream, generate
 from specjax.decoding import batch as batches
-from specjax.decoding.auto_width import Choice, Step
 from specjax.decoding.batch import Batch
 from specjax.decoding.loop import PLAIN, TAPS_BUFFER, decode, decode_round
 from specjax.errors import InputError
@@ -153,113 +152,6 @@ def test_plain_rounds_keep_the_drafts_context(case: Cases) -> None:
     np.testing.assert_array_equal(together.rounds, state.rounds)
     for left, right in zip(jax.tree.leaves(together.drafter), jax.tree.leaves(state.drafter), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
-
-
-def test_a_width_may_change_and_drafts_recover_after_plain_rounds(case: Cases, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of every width in turn: the tokens are the same, and drafts after plain rounds are as good as any."""
-    target, prompts, answers = case(0, 3)
-    forced = [Step(0, 16), Step(7, 2), Step(0, 3), Step(3, 2), Step(1, 4)]
-    steps = itertools.chain(forced, itertools.repeat(Step(7, 8)))
-    monkeypatch.setattr(Stream, "_measured", lambda self, widths: dict.fromkeys(widths, 1.0))
-    monkeypatch.setattr(Choice, "_decided", lambda self: next(steps))
-    with mesh_scope():
-        drafter = drafter_for(case, 3, rate=0.0)
-        found = generate(target, prompts, drafter, 56, draft_tokens=AutoWidth())
-    assert found.tokens == [answer[:56] for answer in answers]
-    widths = [step.draft_tokens for step in forced for _ in range(step.rounds)] + [7] * 56
-    for row, rounds in zip(found.draft_tokens, found.rounds, strict=True):
-        assert row == widths[: len(row)]
-        assert all(1 <= advance <= width + 1 for advance, width in zip(rounds, row, strict=True))
-        assert sum(rounds[:-1]) < 55 <= sum(rounds)
-    assert max(found.rounds[0][16:18]) > 1
-
-
-class Clock:
-    """A machine and prompts of known costs and acceptance, to decode `tokens` tokens with what `Choice` says."""
-
-    def __init__(self, seconds: dict[int, float], acceptance: list[float], seed: int = 0, at_most: int = 99):
-        self.at_most = at_most
-        self.seconds, self.acceptance, self.rng = seconds, acceptance, np.random.default_rng(seed)
-        self.auto = AutoWidth()
-        self.used: list[int] = []
-
-    def decode(self, tokens: int) -> float:
-        """Seconds of a call."""
-        choice, spent, made = self.auto.start(self.seconds), 0.0, 0
-        while made < tokens:
-            width, rounds = choice.next(self.at_most)
-            advanced = []
-            for _ in range(rounds):
-                if made >= tokens:
-                    break
-                passed = self.rng.random(width) < self.acceptance[:width]
-                advanced.append(1 + int(np.cumprod(passed).sum()))
-                made += advanced[-1]
-                spent += self.seconds[width]
-                self.used.append(width)
-            self.auto.saw(width, np.array([advanced]))
-        return spent
-
-
-COSTS = {0: 1.0, 1: 1.35, 3: 1.5, 7: 1.75}
-
-
-@pytest.mark.parametrize("at_most", [99, 1], ids=["slices", "a round a step"])
-def test_hopeless_drafts_cost_little(at_most: int) -> None:
-    clock = Clock(COSTS, [0.02] * 7, at_most=at_most)
-    assert clock.decode(200) < 1.05 * 200
-    assert sum(clock.decode(200) for _ in range(20)) < 1.05 * 200 * 20
-
-
-@pytest.mark.parametrize(
-    ("acceptance", "best"), [([0.95] * 7, 7), ([0.9, 0.8, 0.7, 0, 0, 0, 0], 3), ([0.8, *[0] * 6], 1)]
-)
-def test_the_best_width_is_found(acceptance: list[float], best: int) -> None:
-    clock = Clock(COSTS, acceptance)
-    spent = sum(clock.decode(200) for _ in range(10))
-    tokens = 1 + np.cumprod(acceptance)[:best].sum()
-    assert spent < 1.1 * 2000 * COSTS[best] / tokens
-    assert np.mean(np.array(clock.used[200:]) == best) > 0.7
-
-
-def test_drafting_comes_back_when_it_pays_again() -> None:
-    clock = Clock(COSTS, [0.0] * 7)
-    clock.decode(400)
-    assert np.mean(np.array(clock.used[-200:]) == 0) > 0.9
-    clock.acceptance = [0.95] * 7
-    clock.decode(1500)
-    assert np.mean(np.array(clock.used[-50:]) == 7) > 0.9
-
-
-def test_drafting_comes_back_in_calls_that_are_short() -> None:
-    """No call alone is long enough to save what a try may cost."""
-    clock = Clock({0: 1.0, 1: 1.6, 3: 1.8, 7: 2.0}, [0.0] * 7)
-    clock.decode(400)
-    clock.acceptance = [0.95] * 7
-    for _ in range(20):
-        clock.decode(64)
-    assert np.mean(np.array(clock.used[-50:]) == 7) > 0.9
-
-
-def test_widths_of_a_block() -> None:
-    assert AutoWidth.widths(16) == (0, 1, 3, 7, 15)
-    assert AutoWidth.widths(10) == (0, 1, 3, 7, 9)
-    assert AutoWidth.widths(2) == (0, 1)
-
-
-def test_times_are_measured_once_a_shape(case: Cases) -> None:
-    target, prompts, answers = case(0, 3)
-    width = AutoWidth()
-    for _ in range(2):
-        found = generate(target, prompts, random_draft(0, FULL), 40, draft_tokens=width)
-        assert found.tokens == [answer[:40] for answer in answers]
-    generate(target, prompts, random_draft(1, FULL), 40, draft_tokens=width)
-    (seconds,) = width.seconds.values()
-    assert list(seconds) == [0, 1, 3]
-    assert min(seconds.values()) > 0
-    for options in ({"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}, {"logit_mask": [True] * TARGET.vocab_size}):
-        generate(target, prompts, random_draft(0, FULL), 4, draft_tokens=width, **options)
-    assert len(width.seconds) == 4
 
 
 def test_what_the_host_does_between_rounds_is_time_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
