@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from specjax import generate as decode
 from specjax.data.prompts import chat_prompt
 from specjax.decoding.text import StopStrings, TextStream
-from specjax.generate import main
+from specjax.generate import _draft_settings, _parser, main
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import mesh_scope
 from specjax.weights import flat_params, load_draft, load_target, read_target_config, save_target, with_params
@@ -101,7 +101,7 @@ def test_json_lines_hold_tokens_rounds_and_text(
     lines = [json.loads(line) for line in printed.out.splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     for line, prompt, answer in zip(lines, prompts, answers, strict=True):
-        drafts = {"draft_tokens", "acceptance_length", "acceptance_rate"}
+        drafts = {"draft_tokens", "tree_nodes", "acceptance_length", "acceptance_rate"}
         assert set(line) == {"prompt", "sample", "prompt_tokens", "tokens", "rounds", "text"} | drafts
         assert (prompts[line["prompt"]], line["sample"]) == (prompt, 0)
         assert (line["prompt_tokens"], line["tokens"]) == (len(prompt), answer)
@@ -221,6 +221,14 @@ def test_samples_rules_masks_and_widths_reach_the_decoder(
     assert [line["tokens"] for line in lines] == answers
 
 
+@pytest.mark.parametrize("trees", [False, True])
+def test_trees_are_chosen_from_where_they_are_asked_for(trees: bool) -> None:
+    options = ["--target", "t", "--prompt", "p", "--draft-tokens", "auto", *(["--tree-nodes", "auto"] if trees else [])]
+    settings = _draft_settings(_parser().parse_args(options))
+    assert settings["draft_tokens"].trees == trees
+    assert settings["tree_nodes"] is None
+
+
 def test_without_a_tokenizer_token_ids_go_in_and_come_out(
     folder: Path, prompts: list[list[int]], answers: list[list[int]], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -302,6 +310,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "draft tokens without a draft": ({"draft-tokens": 2}, "error: draft_tokens is 2, but there is no draft"),
     "a tree without a draft": ({"tree-nodes": 9}, "error: tree_nodes is 9, but there is no draft"),
     "a tree too small for its drafts": ({"draft": "draft", "tree-nodes": 2}, "error: tree_nodes is 2; give 3"),
+    "no tree": ({"draft": "draft", "tree-nodes": "some"}, "--tree-nodes is 'some'; give a number or auto"),
+    "trees without widths": ({"draft": "draft", "tree-nodes": "auto"}, "give --draft-tokens auto with it"),
     "no new tokens": ({"max-new-tokens": 0}, "max_new_tokens is 0; give at least 1"),
     "no width": ({"draft": "draft", "draft-tokens": "all"}, "--draft-tokens is 'all'; give a number or auto"),
     "a width without a draft": ({"draft-tokens": "auto"}, "draft_tokens is auto, but there is no draft"),

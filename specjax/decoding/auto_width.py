@@ -12,7 +12,6 @@ import numpy.typing as npt
 from specjax.decoding.loop import PLAIN, Drafting
 from specjax.decoding.tree import MOST_TREE_NODES
 
-FIRST_ROUNDS = 4  # of a call, before the acceptance of its own prompts is looked at
 DRAFT_ROUNDS = 8  # between two choices
 PLAIN_ROUNDS = 16
 PROBE_ROUNDS = 2
@@ -121,7 +120,6 @@ class Choice:
     def __init__(self, auto: AutoWidth, seconds: Seconds):
         self._auto, self._plain = auto, seconds[PLAIN]
         self._cost = {drafting: each / self._plain for drafting, each in seconds.items()}  # in rounds without drafts
-        self._first = True
         self._saving = False
         self._step = Step(PLAIN, 0)  # what is left of what was decided last
 
@@ -154,8 +152,7 @@ class Choice:
                 self._saving = False
                 return Step(tried, PROBE_ROUNDS)
         self._saving = tried is not None
-        first, self._first = self._first, False
-        return Step(leader, PLAIN_ROUNDS if leader == PLAIN else FIRST_ROUNDS if first else DRAFT_ROUNDS)
+        return Step(leader, PLAIN_ROUNDS if leader == PLAIN else DRAFT_ROUNDS)
 
     def _to_try(self, leader: Drafting, best: Drafting, rates: dict[Drafting, float]) -> Drafting | None:
         """What may be better than the leader, for all that is known."""

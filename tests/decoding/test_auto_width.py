@@ -158,6 +158,15 @@ def test_trees_are_taken_where_they_pay(small: float, large: float, best: Drafti
     assert clock.share(best, 300) > 0.7
 
 
+def test_a_tree_is_as_good_as_its_chain_whatever_it_was_before() -> None:
+    auto = AutoWidth(trees=True)
+    auto.saw(SMALL, np.array([[1, 1, 1]]))
+    assert auto.expected_tokens(SMALL) == 1
+    auto.saw(CHAINS[7], np.array([[8, 8, 8]]))
+    assert auto.expected_tokens(SMALL) == auto.expected_tokens(CHAINS[7]) == pytest.approx(8)
+    assert auto.expected_tokens(CHAINS[3]) == pytest.approx(4)
+
+
 def test_hopeless_trees_cost_little() -> None:
     clock = Clock(COSTS | {SMALL: 2.5, LARGE: 6.0}, dict.fromkeys(BY_TREE, [0.02] * 7))
     clock.measure()

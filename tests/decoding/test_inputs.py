@@ -131,6 +131,9 @@ def test_a_width_chosen_by_time_may_not_change_what_is_drawn(
 ) -> None:
     message = "rule is block, but draft_tokens is auto: .* give match, or a number of draft tokens"
     refused(caplog, message, target, [PROMPT], draft, draft_tokens=AutoWidth(), rule="block", temperature=1.0)
+    drawn = {"draft_choice": "sample", "temperature": 1.0}
+    message = "draft_choice is sample, but a tree needs argmax; leave it out, or trees"
+    refused(caplog, message, target, [PROMPT], draft, draft_tokens=AutoWidth(trees=True), **drawn)
     refused(caplog, "the draft is 'runs/x'; load it first, with load_draft", target, [PROMPT], "runs/x")
 
 
