@@ -118,7 +118,7 @@ def _load(
         if tied and LM_HEAD in files.infos:
             _check_tied_head(folder, files, params["embed_tokens.weight"], plan["embed_tokens.weight"][0])
         arrays = {path: _read_sharded(files, *plan[path], params[path]) for path in params}
-        totals = fetch({path: _total(array) for path, array in arrays.items()})
+        totals = fetch(_totals(arrays))
         suspects = [path for path, total in totals.items() if not np.isfinite(total)]
         wrong = [plan[path][0] for path in suspects if not fetch(jnp.isfinite(arrays[path]).all())]
         raise_problems(str(folder), _listed("NaN or infinity in tensor", wrong))
@@ -192,9 +192,12 @@ def _read_sharded(files: TensorFiles, name: str, transform: Transform, param: ja
 
 
 @jax.jit
-def _total(array: jax.Array) -> jax.Array:
-    """Finite only if all elements are; on CPU ten times as fast as looking at each."""
-    return jnp.sum(array, dtype=jnp.float32)
+def _totals(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Finite only if all elements of an array are; on CPU ten times as fast as looking at each.
+
+    One program: many at once, each with a sum over devices, may wait for each other's threads for ever on CPU.
+    """
+    return {path: jnp.sum(array, dtype=jnp.float32) for path, array in arrays.items()}
 
 
 @partial(jax.jit, static_argnames=("transform", "dtype"))
