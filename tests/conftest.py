@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
-DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 COMPILATION_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
+
+def xla_flags(devices: int) -> str:
+    """Virtual CPU devices, what compiles soon rather than runs fast, and patience with a busy machine."""
+    timeout = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # after 40 the process would be aborted
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 {timeout}"
+
+
 os.environ["JAX_PLATFORMS"] = "cpu"  # else an installed libtpu is started
-if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=8".strip()
+os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # the last of a kind holds
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the default skips programs compiled in under 1 s
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"

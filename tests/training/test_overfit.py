@@ -16,7 +16,7 @@ from converters.flax_to_hf import main as flax_to_hf
 from specjax import generate, load_draft, load_target
 from specjax.models.precision import matmul_precision
 from specjax.weights import save_target
-from tests.conftest import DEVICE_COUNT_FLAG
+from tests.conftest import xla_flags
 from tests.training.tiny import VOCABULARY, edited, write_config
 from tests.weights.tiny import raw_config, tiny_decoder
 
@@ -51,7 +51,7 @@ def test_a_draft_learns_eight_answers_by_heart(raw: dict[str, Any], tmp_path: Pa
     }
     config = write_config(edited(raw, changes))
     # A process of its own with one device: eight of them on two cores take ten times as long.
-    environment = os.environ | {"XLA_FLAGS": f"{DEVICE_COUNT_FLAG}=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     subprocess.run([sys.executable, "-m", "specjax.train", str(config)], env=environment, check=True, timeout=600)
     flax_to_hf([raw["output_dir"], str(tmp_path / "draft")])
     with matmul_precision(jnp.float32):

@@ -17,7 +17,7 @@ import pytest
 from specjax import generate, load_target
 from specjax.models.precision import matmul_precision
 from specjax.weights import flat_params, load_run_draft, load_run_params
-from tests.conftest import DEVICE_COUNT_FLAG
+from tests.conftest import xla_flags
 from tests.training.conftest import FinishedRun
 from tests.training.tiny import STEPS, STOP_TOKEN, edited, scalars, train, write_config, write_rows
 
@@ -82,7 +82,7 @@ def test_two_processes_train_as_one(raw: dict[str, Any], tmp_path: Path, finishe
     tensor = edited(raw, tensor | {"evaluation.prompts": 12, "evaluation.max_new_tokens": 9})
     sparse = half_without_anchors(edited(rows, {"output_dir": str(tmp_path / "sparse")}), tmp_path)
     address = f"127.0.0.1:{free_port()}"
-    environment = os.environ | {"XLA_FLAGS": f"{DEVICE_COUNT_FLAG}=1"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(1)}
     paths = [str(write_config(config)) for config in (rows, tensor, sparse)]
     commands = [[sys.executable, "-c", SCRIPT, address, str(process), *paths] for process in (0, 1)]
     pipe = subprocess.PIPE
