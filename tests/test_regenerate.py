@@ -381,13 +381,19 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "no room": ({"max_new_tokens": POSITIONS}, f"--max-new-tokens is {POSITIONS}, which leaves no prompt room"),
     "a reserved setting": ({"chat_template_kwargs": '{"tools": []}'}, "tools cannot be set"),
     "draft tokens without a draft": ({"draft_tokens": 2}, "draft_tokens is 2, but there is no draft"),
+    "draft tokens beyond the block": (
+        {"draft": "draft", "draft_tokens": 4},
+        "draft_tokens is 4; this draft proposes 1",
+    ),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named(mistake: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, message = MISTAKES[mistake]
-    assert message in refused(folder, tmp_path / "out", capsys, **options)
+    folders = {name: folder / options[name] for name in ("draft",) if name in options}
+    assert message in refused(folder, tmp_path / "out", capsys, **(options | folders))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
