@@ -45,7 +45,25 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         help="drafts verified a round (default: all), or auto: what pays, as measured",
     )
     parser.add_argument(
-        "--tree-nodes", type=int, nargs="+", default=[], metavar="N", help="also verify trees of so many drafts"
+        "--tree-nodes",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also verify trees of so many drafts, or auto: what pays of chains and trees",
+    )
+    parser.add_argument(
+        "--rule",
+        nargs="+",
+        default=["match"],
+        metavar="RULE",
+        help="how drafts are kept, at a temperature: match (the default), rejection, block",
+    )
+    parser.add_argument(
+        "--draft-choice",
+        nargs="+",
+        default=["argmax"],
+        metavar="CHOICE",
+        help="drafts are the likeliest (argmax, the default) or, at a temperature, drawn (sample)",
     )
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="0 is greedy")
     add_draw_arguments(parser)
@@ -102,7 +120,9 @@ def _checked(args: argparse.Namespace) -> Settings:
         max_new_tokens=args.max_new_tokens,
         batch_sizes=tuple(args.batch_size),
         draft_tokens=tuple(map(number_or_auto, args.draft_tokens)),
-        tree_nodes=tuple(args.tree_nodes),
+        tree_nodes=tuple(number_or_auto(nodes, "--tree-nodes") for nodes in args.tree_nodes),
+        rules=tuple(args.rule),
+        draft_choices=tuple(args.draft_choice),
         temperatures=tuple(args.temperature),
         top_k=args.top_k,
         top_p=args.top_p,
@@ -117,9 +137,11 @@ def _checked(args: argparse.Namespace) -> Settings:
         for option, given, wanted in (
             ("--batch-size", settings.batch_sizes, (1,)),
             ("--temperature", settings.temperatures, (0.0,)),
+            ("--rule", settings.rules, ("match",)),
+            ("--draft-choice", settings.draft_choices, ("argmax",)),
         ):
             if given != wanted:
-                shown = " ".join(f"{value:g}" for value in given)
+                shown = " ".join(map(str, given))
                 raise InputError(f"--compare hf decodes prompt by prompt, greedily: {option} is {shown}; leave it out")
         if len(settings.draft_tokens) > 1 or AUTO in settings.draft_tokens or settings.tree_nodes:
             raise InputError(
@@ -141,7 +163,7 @@ def _compare(
     from specjax.weights import model_folder
 
     assert models.draft is not None
-    (way,) = settings.ways(models.draft.config.block_size)
+    (way,) = settings.ways(models.draft.config.block_size, temperature=0.0)
     assert way.draft_tokens != AUTO
     task = Task(settings.max_new_tokens, settings.stop_token_ids, way.draft_tokens, settings.runs)
     return compare_with_torch(model_folder(args.target), models.target, models.draft, data_sets, task)

@@ -15,20 +15,24 @@ from specjax.cli import (
     decoding_mesh,
     load_models,
     number_or_auto,
+    read_draft_config,
     sampling_settings,
 )
 from specjax.errors import InputError, exit_on_input_error
 
 Answer = dict[str, Any]
+BATCH_SIZE = 8
 
 
 @exit_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(argv)
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise InputError(f"--batch-size is {args.batch_size}; give at least 1")
     if args.stream and args.jsonl:
         raise InputError("--stream prints text as it comes; leave --jsonl out, or --stream")
+    if args.stream and args.batch_size is not None:
+        raise InputError("--stream decodes one prompt after the other; leave --batch-size out, or --stream")
     chats = None if args.chat is None else [_chat(text, f"--chat {i}") for i, text in enumerate(args.chat, 1)]
     settings = sampling_settings(args) | _draft_settings(args)
     with decoding_mesh(args):
@@ -57,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--suppress-tokens", type=int, nargs="+", default=[], metavar="ID", help="may not come")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts decoded together")
+    parser.add_argument("--batch-size", type=int, help=f"prompts decoded together (default: {BATCH_SIZE})")
     parser.add_argument(
         "--draft-tokens", help="drafts verified a round (default: block size - 1), or auto: what pays, as measured"
     )
@@ -91,20 +95,27 @@ def _chat(text: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What `generate` takes of --draft-tokens, --samples, --rule and --draft-choice, checked before anything loads."""
-    from specjax.decoding import AutoWidth
-    from specjax.decoding.inputs import check_sampling
+    """What `generate` takes of --draft-tokens, --tree-nodes, --samples, --rule and --draft-choice.
 
-    width = None if args.draft_tokens is None else number_or_auto(args.draft_tokens)
-    settings = {"samples": args.samples, "rule": args.rule, "draft_choice": args.draft_choice}
-    check_sampling(args.temperature, args.top_k, args.top_p, **settings)
+    Raises:
+        InputError: what this target and draft cannot do; no weights are loaded to see it.
+    """
+    from specjax.decoding import AutoWidth
+    from specjax.decoding.inputs import check_draft_tokens, check_rule, check_sampling, check_tree
+    from specjax.weights import read_target_config
+
+    given = None if args.draft_tokens is None else number_or_auto(args.draft_tokens)
     nodes = None if args.tree_nodes is None else number_or_auto(args.tree_nodes, "--tree-nodes")
-    if nodes == "auto" and width != "auto":
+    if nodes == "auto" and given != "auto":
         raise InputError("--tree-nodes auto chooses the depth of trees, too: give --draft-tokens auto with it")
-    return settings | {
-        "draft_tokens": AutoWidth(trees=nodes == "auto") if width == "auto" else width,
-        "tree_nodes": None if nodes == "auto" else nodes,
-    }
+    draft_tokens = AutoWidth(trees=nodes == "auto") if given == "auto" else given
+    tree_nodes = None if nodes == "auto" else nodes
+    how = {"rule": args.rule, "draft_choice": args.draft_choice}
+    check_sampling(args.temperature, args.top_k, args.top_p, **how, samples=args.samples)
+    width = check_draft_tokens(None if args.draft is None else read_draft_config(args.draft), draft_tokens)
+    check_tree(read_target_config(args.target).vocab_size, width, tree_nodes, **how)
+    check_rule(width, **how)
+    return how | {"samples": args.samples, "draft_tokens": draft_tokens, "tree_nodes": tree_nodes}
 
 
 def _target_settings(args: argparse.Namespace, models: Models) -> dict[str, Any]:
@@ -153,8 +164,9 @@ def _answers(
     from specjax.decoding.text import StopStrings, final_text
 
     strings = StopStrings.build(args.stop, models.tokenizer)
-    for first in range(0, len(prompts), args.batch_size):
-        batch = prompts[first : first + args.batch_size]
+    size = args.batch_size or BATCH_SIZE
+    for first in range(0, len(prompts), size):
+        batch = prompts[first : first + size]
         try:
             generation = generate(models.target, batch, models.draft, seed=args.seed + first * args.samples, **settings)
         except InputError as error:  # which counts the prompts of its own batch

@@ -23,6 +23,7 @@ from specjax.cli import (
     decoding_mesh,
     dtype_name,
     load_models,
+    read_draft_config,
     sampling_settings,
 )
 from specjax.errors import InputError, exit_on_input_error
@@ -98,9 +99,11 @@ def _plan(args: argparse.Namespace) -> tuple[JsonlRecords, Recipe]:
     from specjax.data.answer_folder import Recipe
     from specjax.data.conversations import Conversation, JsonlRecords
     from specjax.data.prompts import check_chat, prompt_record
+    from specjax.decoding.inputs import check_draft_tokens
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     config = weights.read_target_config(args.target)
+    check_draft_tokens(None if args.draft is None else read_draft_config(args.draft), args.draft_tokens)
     tokenizer = load_tokenizer(args.target)
     stops = stop_token_ids(args.target)
     if args.unfinished == "drop" and not stops:

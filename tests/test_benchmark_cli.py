@@ -88,8 +88,8 @@ def test_a_folder_holds_the_reports_as_json_markdown_and_figures(
     grid = ["--batch-size", "1", "2", "--draft-tokens", "3", "auto", "--tree-nodes", "5"]
     main(decode(folder, "--data", str(folder / "code.jsonl"), *grid, "--out", str(tmp_path)))
     content = json.loads((tmp_path / "benchmark.json").read_text())
-    combinations = [(size, drafts) for size in "12" for drafts in ("3", "auto", "tree of 5")]
-    assert list(content["decode"]) == [f"code, batch {size}, {drafts} drafts" for size, drafts in combinations]
+    combinations = [(size, drafts) for size in "12" for drafts in ("3 drafts", "auto drafts", "tree of 5 drafts")]
+    assert list(content["decode"]) == [f"code, batch {size}, {drafts}" for size, drafts in combinations]
     assert all(report["identical"] for report in content["decode"].values())
     text = (tmp_path / "benchmark.md").read_text()
     assert text.startswith(f"    {content['metadata']['command']}\n")
@@ -106,6 +106,14 @@ def test_a_folder_holds_the_reports_as_json_markdown_and_figures(
     write_decode_folder(tmp_path, content)
     assert "no plots: matplotlib is not installed" in capsys.readouterr().out
     assert list(tmp_path.glob("*.png")) == []
+
+
+def test_rules_and_choices_are_ways_beside_each_other(folder: Path, tmp_path: Path) -> None:
+    grid = ["--temperature", "1", "--rule", "match", "block", "--draft-choice", "sample"]
+    main(decode(folder, "--data", str(folder / "code.jsonl"), *grid, "--json", str(tmp_path / "report.json")))
+    reports = json.loads((tmp_path / "report.json").read_text())["decode"]
+    assert list(reports) == ["code, 3 drafts (sample)", "code, 3 drafts (block, sample)"]
+    assert [report["identical"] for report in reports.values()] == [True, None]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,10 @@ def test_a_folder_holds_the_reports_as_json_markdown_and_figures(
         (["--compare", "hf", "--draft-tokens", "1", "2"], "--compare hf compares one number of draft tokens"),
         (["--compare", "hf", "--draft-tokens", "auto"], "--compare hf compares one number of draft tokens"),
         (["--compare", "hf", "--tree-nodes", "9"], "--compare hf compares one number of draft tokens"),
+        (["--compare", "hf", "--rule", "match", "block"], "--compare hf decodes prompt by prompt, greedily: --rule"),
+        (["--compare", "hf", "--draft-choice", "sample"], "--compare hf decodes prompt by prompt, greedily: --draft"),
+        (["--rule", "match", "block"], "rule is block, but temperature 0 is greedy; give a temperature, or leave rule"),
+        (["--temperature", "1", "--rule", "typical"], "rule is 'typical'; give one of match, rejection, block"),
         (["--draft-tokens", "3", "most"], "--draft-tokens is 'most'; give a number or auto"),
         (["--draft-tokens", "auto", "1", "auto"], "draft_tokens: auto is there twice"),
         (["--tree-nodes", "2"], "tree_nodes is 2; give 3 (the drafts of a round, which it holds)"),

@@ -18,6 +18,7 @@ from flax import nnx
 from transformers import AutoTokenizer
 
 from specjax import generate as decode
+from specjax import weights
 from specjax.data.prompts import chat_prompt
 from specjax.decoding.text import StopStrings, TextStream
 from specjax.generate import _draft_settings, _parser, main
@@ -61,7 +62,8 @@ def answers(folder: Path, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def call(folder: Path, *arguments: str, target: str = "target") -> None:
-    main(["--target", str(folder / target), "--max-new-tokens", str(NEW), "--batch-size", "1", *arguments])
+    batch = [] if "--stream" in arguments else ["--batch-size", "1"]
+    main(["--target", str(folder / target), "--max-new-tokens", str(NEW), *batch, *arguments])
 
 
 def user(*texts: str) -> list[str]:
@@ -324,6 +326,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a rule without a draft": ({"rule": "block", "temperature": 1}, "rule is block, but there is no draft"),
     "an empty stop": ({"stop": ""}, "stop_strings holds ''; give strings of at least one character"),
     "no such token": ({"suppress-tokens": -1}, "--suppress-tokens: -1 is outside the target's vocabulary of"),
+    "a tree by a rule": (
+        {"draft": "draft", "tree-nodes": 9, "rule": "block", "temperature": 1},
+        "error: rule is block, but a tree needs match",
+    ),
+    "a chosen width by a rule": (
+        {"draft": "draft", "draft-tokens": "auto", "rule": "block", "temperature": 1},
+        "error: rule is block, but draft_tokens is auto",
+    ),
+    "a batch of one stream": ({"stream": None, "batch-size": 2}, "error: --stream decodes one prompt after the other"),
     "no batch": ({"batch-size": 0}, "error: --batch-size is 0"),
     "too many devices": ({"tensor": 9}, "error: --tensor is 9; there are 8 devices"),
     "devices that do not divide": ({"tensor": 3}, "error: --tensor 3: tensor 3 does not divide"),
@@ -333,26 +344,37 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+BEFORE_LOADING = {"draft-tokens", "tree-nodes", "rule", "samples", "batch-size", "stream"}
+
+
 @pytest.fixture(scope="module")
 def broken(folder: Path) -> Path:
     """The folder, with drafts that are not right beside the good ones."""
     save_draft_for(folder / "target", folder / "wide", hidden_size=64)
     for name in ("cut", "empty"):
         shutil.copytree(folder / "draft", folder / name)
-    weights = folder / "cut" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    whole = folder / "cut" / "model.safetensors"
+    whole.write_bytes(whole.read_bytes()[:-100])
     (folder / "empty" / "model.safetensors").unlink()
     return folder
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_named(mistake: str, broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_named(
+    mistake: str, broken: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes, message = MISTAKES[mistake]
     options = {"target": "target"} | ({} if "chat" in changes else {"prompt": "hi"}) | changes
     folders = {name: str(broken / options[name]) for name in ("target", "draft") if name in options}
     if mistake == "no target":
         folders = {"target": options["target"]}
-    arguments = [part for name, value in (options | folders).items() for part in (f"--{name}", str(value))]
+    if BEFORE_LOADING & changes.keys():
+        monkeypatch.setattr(weights, "load_target", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    arguments = [
+        part
+        for name, value in (options | folders).items()
+        for part in (f"--{name}", str(value))[: 1 if value is None else 2]
+    ]
     assert message.replace("FOLDER", str(broken)) in refused(arguments, capsys)
 
 

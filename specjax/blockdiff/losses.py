@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -102,32 +103,40 @@ def block_loss(
     rows, vocabulary = jax.typeof(hidden_bNBd).sharding.spec[0], jax.typeof(head_dv).sharding.spec[1]
     head_dv = jax.reshard(head_dv, P(None, vocabulary))
 
-    logits_spec = P(rows, None, None, vocabulary)
-
-    def law(hidden: jax.Array, head: jax.Array) -> Law:
-        dtype = jnp.result_type(hidden, head, jnp.float32)  # bf16 inputs, float32 logits
-        logits = jnp.einsum("bNBd,dv->bNBv", hidden, head, preferred_element_type=dtype, out_sharding=logits_spec)
-        return Law.of(logits)
-
-    def chunk_loss(
-        hidden: jax.Array, head: jax.Array, own: tuple[jax.Array, ...], final: jax.Array | None
-    ) -> tuple[jax.Array, BlockLoss]:
-        labels, mask, anchors = own
-        taught = None
-        if final is not None:
-            taught = law(_label_rows(final, anchors, labels.shape[2]), head)
-            taught = jax.tree.map(jax.lax.stop_gradient, taught)
-        sums = _row_sums(law(hidden, head), labels, mask, objective, weigh, taught)
-        return sums.loss_sum, sums
-
     hidden, labels, mask = (_split(x[:, :, 1:], chunk_blocks) for x in (hidden_bNBd, labels_bNB, mask_bNB))
     anchors = final = None
     if teacher is not None:
         # Afterwards: reshapes of a single row lose the batch axes from the type.
         anchors = jax.reshard(_split(teacher.anchors_bN, chunk_blocks), P(None, rows))
         final = jax.reshard(teacher.hidden_btd, P(rows))
+    chunk_loss = partial(_chunk_loss, objective=objective, weigh=weigh, logits_spec=P(rows, None, None, vocabulary))
     loss_sum, sums = sum_over_chunks(chunk_loss, hidden, head_dv, (labels, mask, anchors), final)
     return replace(sums, loss_sum=loss_sum)
+
+
+def _chunk_loss(
+    hidden: jax.Array,
+    head: jax.Array,
+    own: tuple[jax.Array, ...],
+    final: jax.Array | None,
+    *,
+    objective: Mapping[str, float],
+    weigh: SlotWeights | None,
+    logits_spec: P,
+) -> tuple[jax.Array, BlockLoss]:
+    """(losses of rows [b], sums of rows) of the blocks of a chunk; own: their labels, mask and anchors."""
+
+    def law(hidden: jax.Array) -> Law:
+        dtype = jnp.result_type(hidden, head, jnp.float32)  # bf16 inputs, float32 logits
+        logits = jnp.einsum("bNBd,dv->bNBv", hidden, head, preferred_element_type=dtype, out_sharding=logits_spec)
+        return Law.of(logits)
+
+    labels, mask, anchors = own
+    taught = None
+    if final is not None:
+        taught = jax.tree.map(jax.lax.stop_gradient, law(_label_rows(final, anchors, labels.shape[2])))
+    sums = _row_sums(law(hidden), labels, mask, objective, weigh, taught)
+    return sums.loss_sum, sums
 
 
 def _weigher(

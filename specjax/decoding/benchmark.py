@@ -58,12 +58,29 @@ class Measurement:
 
     passes: of every run, for each way, seconds: `decode` and `total` of the calls, `verify` and `draft` what the
     networks' steps alone come to by their measured costs (0 where rounds have no one cost). differing: for each way,
-    what `differences` says.
+    what `differences` says; nothing where others are drawn anyway.
     """
 
     generations: dict[Way, list[Generation]]
     passes: list[dict[Way, Seconds]]
     differing: dict[Way, list[Report]]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a data set: prompts, and new tokens with and without the draft, of which the prefill yields every first."""
+
+    prompts: int
+    ar_tokens: int
+    tokens: int
+
+    @property
+    def ar_decoded(self) -> int:
+        return self.ar_tokens - self.prompts
+
+    @property
+    def decoded(self) -> int:
+        return self.tokens - self.prompts
 
 
 def benchmark_decoding(
@@ -80,15 +97,16 @@ def benchmark_decoding(
     are compared with it: one untimed pass compiles and yields the outputs, then in each of `runs` timed passes every
     batch is decoded in all ways, and the costs of steps are measured. Times are of whole passes; a ratio is taken
     within one run, and reported as median, least and greatest. A width that is chosen while decoding is learned in the
-    untimed pass, of which the acceptance is, and learned further in the timed ones.
+    untimed pass, of which the acceptance is, and learned further in the timed ones. Speeds are tokens/s: a rule that
+    draws other tokens than autoregressive decoding draws another number of them, too.
 
     Raises:
         InputError: as `check_settings` and `generate`.
     """
     check_settings(settings, draft.config)
-    ways = settings.ways(draft.config.block_size)
     reports: dict[Key, Report] = {}
     for temperature, size in itertools.product(settings.temperatures, settings.batch_sizes):
+        ways = settings.ways(draft.config.block_size, temperature)
         case = Case(settings, temperature, size, ways)
         measured = {}
         for name, prompts in data_sets.items():
@@ -101,29 +119,34 @@ def benchmark_decoding(
                 reports[name, temperature, size, way] = _report(draft, measurement, case, way, name)
     names = [*data_sets, TOTAL]
     ordered = sorted(reports, key=lambda key: names.index(key[0]))
-    return {_column(key, settings, ways): reports[key] for key in ordered}
+    several_ways = len({way for *_, way in reports}) > 1
+    return {_column(key, settings, several_ways): reports[key] for key in ordered}
 
 
-def _column(key: Key, settings: Settings, ways: Sequence[Way]) -> str:
+def _column(key: Key, settings: Settings, several_ways: bool) -> str:
     """A combination's name: the data set's, and what differs between combinations."""
     name, temperature, size, way = key
     parts = [name]
     parts += [f"temperature {temperature:g}"] if len(settings.temperatures) > 1 else []
     parts += [f"batch {size}"] if len(settings.batch_sizes) > 1 else []
-    parts += [f"{way.label} drafts"] if len(ways) > 1 else []
+    parts += [way.label] if several_ways else []
     return ", ".join(parts)
 
 
 def _measure(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case) -> Measurement:
     settings, size, ways = case.settings, case.batch_size, (AR, *case.ways)
     starts = range(0, len(prompts), size)
-    auto = AutoWidth()
+    autos = {way: AutoWidth(trees=way.tree_nodes == AUTO) for way in ways if way.draft_tokens == AUTO}
 
     def decode(first: int, way: Way) -> Generation:
         batch, seed = prompts[first : first + size], settings.seed + first
-        width = auto if way.draft_tokens == AUTO else way.draft_tokens
-        drafting = {"draft": draft, "draft_tokens": width, "tree_nodes": way.tree_nodes or None} if way != AR else {}
         limits = {"max_new_tokens": settings.max_new_tokens, "stop_token_ids": settings.stop_token_ids}
+        drafting: dict[str, Any] = {}
+        if way != AR:
+            width = autos.get(way, way.draft_tokens)
+            nodes = None if way in autos else way.tree_nodes or None
+            drafting = {"draft": draft, "draft_tokens": width, "tree_nodes": nodes}
+            drafting |= {"rule": way.rule, "draft_choice": way.draft_choice}
         return generate(target, batch, **limits, **drafting, **case.sampling, seed=seed)  # type: ignore[arg-type]
 
     def costs(first: int) -> dict[Way, Seconds]:
@@ -137,7 +160,10 @@ def _measure(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case) 
     passes = [_timed_pass(batches, ways, decode, costs, run) for run in range(settings.runs)]
     answers = {way: [tokens for g in generations[way] for tokens in g.tokens] for way in ways}
     drawn = case.sampling | {"seed": settings.seed} if case.temperature else None
-    differing = {way: differences(target, prompts, answers[AR], answers[way], size, drawn) for way in case.ways}
+    differing = {
+        way: differences(target, prompts, answers[AR], answers[way], size, drawn) if way.same_draws else []
+        for way in case.ways
+    }
     return Measurement(generations, passes, differing)
 
 
@@ -188,10 +214,10 @@ def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Cas
         return built.with_sampling(**case.sampling, seeds=seeds) if case.temperature else built
 
     with mesh_scope(), matmul_precision(target.dtype):
-        costs = {AR: {"verify": ar_seconds(target, batch(1)), "draft": 0.0}}
+        costs = {AR: {"verify": ar_seconds(target, batch(1), drafter.block_size), "draft": 0.0}}
         for way in case.ways:
-            if way.draft_tokens != AUTO:
-                drafting = Drafting(way.draft_tokens, way.tree_nodes)
+            if way.draft_tokens != AUTO and way.tree_nodes != AUTO:
+                drafting = Drafting(way.draft_tokens, way.tree_nodes, way.rule, way.draft_choice)
                 draft_s, verify_s = round_seconds(target, drafter, batch(drafter.block_size), drafting)
                 costs[way] = {"verify": verify_s, "draft": draft_s}
     return costs
@@ -231,30 +257,35 @@ def _pool(measurements: Sequence[Measurement]) -> Measurement:
 
 def _report(draft: DFlashDraft, measured: Measurement, case: Case, way: Way, name: str) -> Report:
     plain, drafted = measured.generations[AR], measured.generations[way]
-    outputs = [tokens for generation in plain for tokens in generation.tokens]
-    tokens = sum(map(len, outputs))
+    outputs = [tokens for generation in drafted for tokens in generation.tokens]
+    counts = Counts(len(outputs), sum(len(tokens) for g in plain for tokens in g.tokens), sum(map(len, outputs)))
     report: Report = {
         "data_set": name,
-        "prompts": len(outputs),
-        "tokens": tokens,
+        "prompts": counts.prompts,
+        "tokens": counts.tokens,
+        "ar_tokens": counts.ar_tokens,
         "temperature": case.temperature,
         "batch_size": case.batch_size,
         "block_size": draft.config.block_size,
         "draft_tokens": way.draft_tokens,
         "tree_nodes": way.tree_nodes,
+        "rule": way.rule,
+        "draft_choice": way.draft_choice,
         "max_new_tokens": case.settings.max_new_tokens,
         "runs": case.settings.runs,
     }
     report |= acceptance(drafted)
     report["repeated_4gram_fraction"] = repeated_ngrams(outputs)
     differing = measured.differing[way]
-    report |= {"identical": not differing, "different_prompts": len(differing), "differences": differing}
+    same = {"identical": not differing, "different_prompts": len(differing)}
+    report |= same if way.same_draws else dict.fromkeys(same)
+    report["differences"] = differing
     ar, speculative = ([p[each] for p in measured.passes] for each in (AR, way))
-    report |= _speeds(ar, speculative, tokens, len(outputs))
+    report |= _speeds(ar, speculative, counts)
     steps = sum(_passes_of_target(generation, AR) for generation in plain)
     # Rounds of a chosen width have no one cost.
     rounds = 0 if way.draft_tokens == AUTO else sum(_passes_of_target(generation, way) for generation in drafted)
-    return report | _cost_model(ar, speculative, steps, rounds) | {"outputs": outputs}
+    return report | _cost_model(ar, speculative, steps, rounds, counts) | {"outputs": outputs}
 
 
 def acceptance(generations: Sequence[Generation]) -> Report:
@@ -281,31 +312,39 @@ def acceptance(generations: Sequence[Generation]) -> Report:
     return report
 
 
-def _speeds(ar: Sequence[Seconds], speculative: Sequence[Seconds], tokens: int, prompts: int) -> Report:
-    """Decode-only tokens/s leave out the first token of every answer: it is the prefill's."""
-    decoded = tokens - prompts
+def _speeds(ar: Sequence[Seconds], speculative: Sequence[Seconds], counts: Counts) -> Report:
+    """Tokens/s and their ratio within a run; None of decoding alone where the prefill yielded every token."""
     report: Report = {}
-    for name, passes in (("ar", ar), ("speculative", speculative)):
-        report[f"{name}_tokens_per_s"] = decoded / statistics.median(p["decode"] for p in passes)
-        report[f"{name}_end_to_end_tokens_per_s"] = tokens / statistics.median(p["total"] for p in passes)
-    for name, part in (("speedup_decode", "decode"), ("speedup_end_to_end", "total")):
-        ratios = [a[part] / s[part] for a, s in zip(ar, speculative, strict=True)]
-        report |= {name: statistics.median(ratios), f"{name}_range": [min(ratios), max(ratios)]}
+    for part, infix, speedup, ar_tokens, tokens in (
+        ("decode", "", "speedup_decode", counts.ar_decoded, counts.decoded),
+        ("total", "_end_to_end", "speedup_end_to_end", counts.ar_tokens, counts.tokens),
+    ):
+        names = f"ar{infix}_tokens_per_s", f"speculative{infix}_tokens_per_s", speedup, f"{speedup}_range"
+        report |= dict.fromkeys(names)
+        if ar_tokens and tokens:
+            ar_s, speculative_s = ([p[part] for p in passes] for passes in (ar, speculative))
+            rates = ar_tokens / statistics.median(ar_s), tokens / statistics.median(speculative_s)
+            ratios = [a / s * (tokens / ar_tokens) for a, s in zip(ar_s, speculative_s, strict=True)]
+            spread = statistics.median(ratios), [min(ratios), max(ratios)]
+            report |= dict(zip(names, (*rates, *spread), strict=True))
     return report
 
 
-def _cost_model(ar: Sequence[Seconds], speculative: Sequence[Seconds], steps: int, rounds: int) -> Report:
+def _cost_model(
+    ar: Sequence[Seconds], speculative: Sequence[Seconds], steps: int, rounds: int, counts: Counts
+) -> Report:
     """Costs of steps, the speedup that they allow, and the share of it that was measured; None of no rounds.
 
     bound = steps * ar_step / (rounds * (draft + verify)), where steps and rounds are those of each batch's slowest
-    row: for batch size 1 acceptance length * ar_step / (draft + verify), up to the cuts of the last rounds. round_s is
-    a whole round in the decoder's own loop.
+    row: for batch size 1 acceptance length * ar_step / (draft + verify), up to the cuts of the last rounds; times the
+    ratio of the tokens that came of them. round_s is a whole round in the decoder's own loop.
     """
     if not rounds:
         names = ("ar_step_s", "draft_s", "verify_s", "round_s", "speedup_bound", "share_of_bound")
         return dict.fromkeys(names)
-    bounds = [a["verify"] / (s["draft"] + s["verify"]) for a, s in zip(ar, speculative, strict=True)]
-    shares = [a["decode"] / s["decode"] / bound for a, s, bound in zip(ar, speculative, bounds, strict=True)]
+    gain = counts.decoded / counts.ar_decoded
+    bounds = [a["verify"] / (s["draft"] + s["verify"]) * gain for a, s in zip(ar, speculative, strict=True)]
+    shares = [a["decode"] / s["decode"] * gain / bound for a, s, bound in zip(ar, speculative, bounds, strict=True)]
     return {
         "ar_step_s": statistics.median(p["verify"] for p in ar) / steps,
         "draft_s": statistics.median(p["draft"] for p in speculative) / rounds,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-from specjax.decoding.inputs import check_sampling, check_tree
+from specjax.decoding.auto_width import AutoWidth
+from specjax.decoding.inputs import check_rule, check_sampling, check_tree
 from specjax.errors import InputError
 from specjax.models.dflash import DFlashConfig
 
@@ -18,15 +20,28 @@ class Way:
     """A way of decoding.
 
     draft_tokens: drafts verified a round, the depth of a tree; 0: without a draft; `AUTO`: an `AutoWidth` chooses.
-    tree_nodes: drafts of a tree; 0: a chain.
+    tree_nodes: drafts of a tree; 0: a chain; `AUTO`, as draft_tokens is then: trees are among what it chooses from.
+    rule, draft_choice: see `verify`; a tree is verified by `match`.
     """
 
     draft_tokens: Width
-    tree_nodes: int = 0
+    tree_nodes: Width = 0
+    rule: str = "match"
+    draft_choice: str = "argmax"
 
     @property
     def label(self) -> str:
-        return f"tree of {self.tree_nodes}" if self.tree_nodes else str(self.draft_tokens)
+        """Such as "7 drafts", "tree of 28 drafts", "auto drafts or trees", "7 drafts (block, sample)"."""
+        if self.tree_nodes == AUTO:
+            return "auto drafts or trees"
+        drafts = f"tree of {self.tree_nodes} drafts" if self.tree_nodes else f"{self.draft_tokens} drafts"
+        how = [value for value, usual in ((self.rule, "match"), (self.draft_choice, "argmax")) if value != usual]
+        return f"{drafts} ({', '.join(how)})" if how else drafts
+
+    @property
+    def same_draws(self) -> bool:
+        """Whether its answers are autoregressive decoding's own, and not other draws of their law."""
+        return self.rule == "match"
 
 
 AR = Way(0)
@@ -36,9 +51,10 @@ AR = Way(0)
 class Settings:
     """What to decode and how: every combination of temperature, batch size and way of drafting is measured.
 
-    batch_sizes: prompts decoded together. draft_tokens: drafts verified a round; none is the block's all. tree_nodes:
-    drafts of trees, measured too, as deep as the widest of draft_tokens. top_k, top_p: at temperatures above 0. seed:
-    of the first prompt of every data set. runs: timed passes.
+    batch_sizes: prompts decoded together. draft_tokens: drafts verified a round; none is the block's all. rules,
+    draft_choices: how these are verified and chosen (see `verify`). tree_nodes: drafts of trees, measured too, as deep
+    as the widest of draft_tokens, by `match`; `AUTO`: what an `AutoWidth` with trees chooses. top_k, top_p: at
+    temperatures above 0. seed: of the first prompt of every data set. runs: timed passes.
     """
 
     max_new_tokens: int = 128
@@ -50,16 +66,24 @@ class Settings:
     top_p: float | None = None
     seed: int = 0
     runs: int = 5
-    tree_nodes: tuple[int, ...] = ()
+    tree_nodes: tuple[Width, ...] = ()
+    rules: tuple[str, ...] = ("match",)
+    draft_choices: tuple[str, ...] = ("argmax",)
 
     def depth(self, block_size: int) -> int:
         """Of the trees."""
         return max((width for width in self.draft_tokens if width != AUTO), default=block_size - 1)
 
-    def ways(self, block_size: int) -> tuple[Way, ...]:
-        """Ways of drafting with a draft of `block_size`: chains, then trees."""
-        chains = [Way(width) for width in self.draft_tokens or (block_size - 1,)]
-        return (*chains, *(Way(self.depth(block_size), nodes) for nodes in self.tree_nodes))
+    def ways(self, block_size: int, temperature: float) -> tuple[Way, ...]:
+        """Ways of drafting with a draft of `block_size`: chains, then trees.
+
+        At temperature 0 all rules are one, and all choices of drafts.
+        """
+        rules, choices = (self.rules, self.draft_choices) if temperature else (("match",), ("argmax",))
+        widths = self.draft_tokens or (block_size - 1,)
+        chains = [Way(width, 0, *how) for width, *how in itertools.product(widths, rules, choices)]
+        depth = self.depth(block_size)
+        return (*chains, *(Way(AUTO if nodes == AUTO else depth, nodes) for nodes in self.tree_nodes))
 
 
 def check_settings(settings: Settings, draft: DFlashConfig) -> None:
@@ -69,6 +93,8 @@ def check_settings(settings: Settings, draft: DFlashConfig) -> None:
         ("draft_tokens", settings.draft_tokens),
         ("tree_nodes", settings.tree_nodes),
         ("temperatures", settings.temperatures),
+        ("rules", settings.rules),
+        ("draft_choices", settings.draft_choices),
     ):
         twice = [value for i, value in enumerate(values) if value in values[:i]]
         if twice:
@@ -84,7 +110,13 @@ def check_settings(settings: Settings, draft: DFlashConfig) -> None:
         if width != AUTO and not 1 <= width < draft.block_size:
             raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {draft.block_size - 1}")
     for nodes in settings.tree_nodes:
-        check_tree(draft.vocab_size, settings.depth(draft.block_size), nodes)
+        if nodes != AUTO:
+            check_tree(draft.vocab_size, settings.depth(draft.block_size), nodes)
     for temperature in settings.temperatures:
-        check_sampling(temperature, None, None)
-    check_sampling(max(settings.temperatures), settings.top_k, settings.top_p)
+        check_sampling(temperature)
+    for rule, choice in itertools.product(settings.rules, settings.draft_choices):
+        check_sampling(max(settings.temperatures), settings.top_k, settings.top_p, rule, choice)
+        if AUTO in settings.draft_tokens:
+            check_rule(AutoWidth(), rule, choice)
+    if AUTO in settings.tree_nodes:
+        check_rule(AutoWidth(trees=True), "match", "argmax")

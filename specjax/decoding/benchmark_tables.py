@@ -44,8 +44,8 @@ def markdown(shown: Sequence[Table]) -> str:
     return "\n".join(parts)
 
 
-def way_label(report: Report) -> str:
-    return Way(report["draft_tokens"], report["tree_nodes"]).label
+def way_of(report: Report) -> Way:
+    return Way(report["draft_tokens"], report["tree_nodes"], report["rule"], report["draft_choice"])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -76,6 +76,8 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _with_range(report: Report, name: str) -> str:
+    if report[name] is None:
+        return "-"
     low, high = report[f"{name}_range"]
     return f"{report[name]:.2f}x ({low:.2f} to {high:.2f})"
 
@@ -89,6 +91,8 @@ def _bound(report: Report) -> str:
 
 
 def _identical(report: Report) -> str:
+    if report["identical"] is None:
+        return "not the same draws"
     if report["identical"]:
         return "yes"
     gaps = [entry["relative_gap"] for entry in report["differences"]]
@@ -100,7 +104,7 @@ _SETTINGS: tuple[Measure, ...] = (
     ("data set", lambda r: r["data_set"]),
     ("T", lambda r: f"{r['temperature']:g}"),
     ("batch", lambda r: str(r["batch_size"])),
-    ("drafts", way_label),
+    ("way", lambda r: way_of(r).label),
 )
 _SHARES: tuple[Measure, ...] = (
     ("acceptance length (tokens a round)", lambda r: _number(r["acceptance_length"], ".2f")),
@@ -111,8 +115,8 @@ _SHARES: tuple[Measure, ...] = (
     ("outputs identical", _identical),
 )
 _SPEEDS: tuple[Measure, ...] = (
-    ("AR tokens/s, decode only", lambda r: f"{r['ar_tokens_per_s']:.0f}"),
-    ("speculative tokens/s, decode only", lambda r: f"{r['speculative_tokens_per_s']:.0f}"),
+    ("AR tokens/s, decode only", lambda r: _number(r["ar_tokens_per_s"], ".0f")),
+    ("speculative tokens/s, decode only", lambda r: _number(r["speculative_tokens_per_s"], ".0f")),
     ("AR tokens/s, end to end", lambda r: f"{r['ar_end_to_end_tokens_per_s']:.0f}"),
     ("speedup, decode only", lambda r: _with_range(r, "speedup_decode")),
     ("speedup, end to end", lambda r: _with_range(r, "speedup_end_to_end")),
@@ -125,8 +129,8 @@ _COSTS: tuple[Measure, ...] = (
 _MEASURES: tuple[Measure, ...] = (
     ("prompts / new tokens", lambda r: f"{r['prompts']} / {r['tokens']}"),
     (
-        "temperature / batch size / block size / drafts",
-        lambda r: f"{r['temperature']:g} / {r['batch_size']} / {r['block_size']} / {way_label(r)}",
+        "temperature / batch size / block size / way",
+        lambda r: f"{r['temperature']:g} / {r['batch_size']} / {r['block_size']} / {way_of(r).label}",
     ),
     *_SHARES[:-1],
     *_SPEEDS,

@@ -22,6 +22,7 @@ from specjax.decoding.inputs import (
     check_draft_tokens,
     check_limits,
     check_logit_mask,
+    check_meshes,
     check_models,
     check_rule,
     check_sampling,
@@ -102,8 +103,8 @@ def generate(
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, prompts beyond the target's context, a bidirectional
-            target, a draft of another target, or limits, seeds or sampling settings out of range; a target whose hidden
-            states are not finite.
+            target, a draft of another target, models on another mesh, or limits, seeds or sampling settings out of
+            range; a target whose hidden states are not finite.
     """
     stream = Stream(
         target,
@@ -172,6 +173,7 @@ class Stream:
             raise InputError(f"rounds_a_step is {rounds_a_step}; give at least 1")
         self._target = target
         self._flat = Flat.of(target), Flat.of(self._drafter)
+        check_meshes(*self._flat)
         self._rounds_a_step = rounds_a_step
         self._auto = width if isinstance(width, AutoWidth) else None
         self._drafting = PLAIN if isinstance(width, AutoWidth) else Drafting(width, tree_nodes or 0, rule, draft_choice)

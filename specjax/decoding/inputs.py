@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 
 import jax
 import numpy as np
 import numpy.typing as npt
+from jax.sharding import NamedSharding
 
 from specjax.decoding.auto_width import AutoWidth
 from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.flat import Flat
 from specjax.decoding.tree import MOST_TREE_NODES
 from specjax.decoding.verify import DRAFT_CHOICES, RULES
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
-from specjax.models.dflash import target_mismatches
+from specjax.models.dflash import DFlashConfig, target_mismatches
+from specjax.models.sharding import mesh_scope
 
 LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
 
@@ -161,8 +164,29 @@ def check_models(target: Decoder, drafter: Drafter | None) -> None:
             raise InputError(f"the draft does not fit the target: {wrong}; use the target it was trained for")
 
 
-def check_draft_tokens(drafter: Drafter | None, draft_tokens: int | AutoWidth | None) -> int | AutoWidth:
-    """Drafts to verify a round."""
+def check_meshes(target: Flat[Decoder], drafter: Flat[Drafter | None]) -> None:
+    """Raises InputError for a model whose arrays live on another mesh than the one in force."""
+    with mesh_scope():
+        mesh = jax.sharding.get_mesh()
+    for name, model in (("target", target), ("draft", drafter)):
+        for array in model.leaves:
+            sharding = getattr(array, "sharding", None)
+            if isinstance(sharding, NamedSharding) and sharding.mesh != mesh:
+                here, there = _shown(mesh.shape, mesh.devices.flat), _shown(sharding.mesh.shape, sharding.device_set)
+                raise InputError(
+                    f"the {name} is on the mesh {there}, but the mesh in force is {here}; load target and draft and "
+                    "generate under the same jax.set_mesh, or all without one"
+                )
+
+
+def _shown(axes: Mapping[str, int], devices: Iterable[jax.Device]) -> str:
+    """Such as data=1, fsdp=1, tensor=2 of devices [0, 1]."""
+    sizes = ", ".join(f"{axis}={size}" for axis, size in axes.items())
+    return f"{sizes} of devices {reprlib.repr(sorted(device.id for device in devices))}"
+
+
+def check_draft_tokens(drafter: Drafter | DFlashConfig | None, draft_tokens: int | AutoWidth | None) -> int | AutoWidth:
+    """Drafts to verify a round. drafter: what has a block size, or None."""
     if drafter is None:
         if draft_tokens is not None:
             given = "auto" if isinstance(draft_tokens, AutoWidth) else draft_tokens

@@ -9,40 +9,49 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import Drafter
-from specjax.decoding.flat import Flat
+from specjax.decoding.flat import Flat, whole
 from specjax.decoding.loop import PLAIN, DecodeState, Drafting
-from specjax.decoding.sampling import Sampling, choose
-from specjax.decoding.target_pass import Verified, verify_tree
+from specjax.decoding.sampling import Sampling
+from specjax.decoding.target_pass import Verified, verify_chain, verify_tree
 from specjax.decoding.tree import DraftTree, draft_tree
 from specjax.decoding.verify import propose
-from specjax.models.decoder import Decoder, DecoderOutput
+from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
+from specjax.models.sharding import SPECS, put
 
-STEP_REPEATS = 16
+ROUNDS = 16  # of a measurement
 
 Step = Callable[[Decoder, Drafter | None, DecodeState, Sampling | None, Drafting], DecodeState]
 
 
-def ar_seconds(target: Decoder, batch: Batch) -> float:
-    """Seconds of an autoregressive step: the target's pass over one token of every row, and its choices."""
+def ar_seconds(target: Decoder, batch: Batch, block_size: int) -> float:
+    """Seconds of an autoregressive step: the target's pass over one token of every row, and its choices.
+
+    Of as many steps as `round_seconds` runs tokens of blocks of `block_size`: of few, the program's start would count.
+    """
     state = batch.prefill(Flat.of(target), Flat.of(None))  # as `generate` runs it, which compiles it once
-    return _seconds(_verify, target, None, state, batch.sampling, PLAIN)[0]
+    return _seconds(_verify, target, None, state, batch.sampling, PLAIN, ROUNDS * block_size)[0]
 
 
 def round_seconds(target: Decoder, drafter: Drafter, batch: Batch, drafting: Drafting) -> tuple[float, float]:
-    """Seconds (draft, verify) of a round: the target's pass over its drafts + 1 tokens, and what a draft adds to it.
+    """Seconds (draft, verify) of a round: the target's pass over its drafts + 1 tokens with the rule that verifies
+    them, and what a draft adds to it.
 
-    The pass over a tree is `verify_tree`, with its writes of what it keeps; building the tree counts as drafting.
+    The pass is the decoder's own, `verify_chain` or `verify_tree`, with what it writes into the caches. Drafting is the
+    drafter's pass, the choice of drafts, building the tree, and taking in the taps. A round of the decoder also commits
+    tokens, and counts. The program's start is included, once in `ROUNDS`; compiling is not, of the second call.
 
     A draft is measured in turn with verify passes, as in decoding: alone in a loop, a small draft's weights would stay
     in the processor's caches, from where the target's weights drive them in every round.
     """
     state = batch.prefill(Flat.of(target), Flat.of(drafter))
-    verify, state = _seconds(_verify, target, drafter, state, batch.sampling, drafting)
-    both, _ = _seconds(_draft_and_verify, target, drafter, state, batch.sampling, drafting)
+    verify, state = _seconds(_verify, target, drafter, state, batch.sampling, drafting, ROUNDS)
+    both, _ = _seconds(_draft_and_verify, target, drafter, state, batch.sampling, drafting, ROUNDS)
     return both - verify, verify
 
 
@@ -53,28 +62,35 @@ def _seconds(
     state: DecodeState,
     sampling: Sampling | None,
     drafting: Drafting,
+    steps: int,
 ) -> tuple[float, DecodeState]:
-    """Seconds of one `step` of STEP_REPEATS in one compiled loop, the first step's included; and the state after."""
+    """Seconds of one `step` of so many in one compiled loop, the program's start shared among them; the state after."""
     state = jax.block_until_ready(state)
+    arguments = Flat.of(target), Flat.of(drafter), state, sampling, put(np.int32(steps), P())
     started = time.perf_counter()
-    state = jax.block_until_ready(_repeat(target, drafter, state, sampling, step=step, drafting=drafting))
-    return (time.perf_counter() - started) / STEP_REPEATS, state
+    state = jax.block_until_ready(_repeat(*arguments, step=step, drafting=drafting))
+    return (time.perf_counter() - started) / steps, state
 
 
 @partial(jax.jit, static_argnames=("step", "drafting"), donate_argnames=("state",))
 def _repeat(
-    target: Decoder,
-    drafter: Drafter | None,
+    target: Decoder | Flat[Decoder],
+    drafter: Drafter | Flat[Drafter | None] | None,
     state: DecodeState,
     sampling: Sampling | None,
+    steps: jax.Array,
     *,
     step: Step,
     drafting: Drafting,
 ) -> DecodeState:
-    def body(_: jax.Array, state: DecodeState) -> DecodeState:
-        return step(target, drafter, state, sampling, drafting)
+    target, drafter = whole(target), whole(drafter)
 
-    return jax.lax.fori_loop(0, STEP_REPEATS, body, state)
+    def body(i: jax.Array, state: DecodeState) -> DecodeState:
+        # Rows stay where they are: of their own seeds, they would draw the same every time, and the compiler but once.
+        fresh = None if sampling is None else dataclasses.replace(sampling, seeds=sampling.seeds + i.astype(jnp.uint32))
+        return step(target, drafter, state, fresh, drafting)
+
+    return jax.lax.fori_loop(0, steps, body, state)
 
 
 def _verify(
@@ -82,50 +98,43 @@ def _verify(
 ) -> DecodeState:
     """The target's pass, with its choices fed back so that nothing is skipped."""
     if drafting.tree_nodes:
-        return _run_tree(target, state, _some_tree(state, drafting), sampling, ())[0]
-    return _run(target, state, state.tokens[:, : drafting.draft_tokens + 1], sampling, ())[0]
+        tree = _some_tree(state, drafting)
+        return _fed_back(state, verify_tree(target, (), tree, *_rows(state), sampling))
+    block = state.tokens[:, : drafting.draft_tokens + 1]
+    law = None
+    if drafting.draft_choice == "sample":  # some law: what a rule costs does not depend on it
+        law = jax.reshard(jax.nn.one_hot(block[:, 1:], target.config.vocab_size), SPECS.act_btv)
+    return _fed_back(state, verify_chain(target, (), block, law, *_rows(state), sampling, drafting.rule))
 
 
 def _draft_and_verify(
     target: Decoder, drafter: Drafter | None, state: DecodeState, sampling: Sampling | None, drafting: Drafting
 ) -> DecodeState:
-    """A round without its bookkeeping: nothing is committed, and a chain is not matched."""
+    """A round without its bookkeeping: nothing is committed."""
     assert drafter is not None
-    known = state.tokens[:, 0]
+    known, tap_ids = state.tokens[:, 0], drafter.tap_ids
     logits = drafter.draft_logits(state.drafter, target, known, state.length, drafting.draft_tokens)
     if drafting.tree_nodes:
         tree = draft_tree(known, logits, drafting.tree_nodes)
-        state, verified = _run_tree(target, state, tree, sampling, drafter.tap_ids)
-        taps, positions, slots = verified.taps, verified.positions, verified.slots
+        verified = verify_tree(target, tap_ids, tree, *_rows(state), sampling)
     else:
-        drafts = propose(logits, state.length, sampling, rule="match", draft_choice="argmax")
+        rule, choice = drafting.rule, drafting.draft_choice
+        drafts = propose(logits, state.length, sampling, rule=rule, draft_choice=choice)
         block = jnp.concatenate([known[:, None], drafts], axis=1)
-        state, output, positions = _run(target, state, block, sampling, drafter.tap_ids)
-        taps, slots = output.taps, positions
-    return dataclasses.replace(state, drafter=drafter.observe(state.drafter, taps, positions, slots))
+        law = logits if choice == "sample" else None
+        verified = verify_chain(target, tap_ids, block, law, *_rows(state), sampling, rule)
+    observed = drafter.observe(state.drafter, verified.taps, verified.positions, verified.slots)
+    return dataclasses.replace(_fed_back(state, verified), drafter=observed)
 
 
-def _run(
-    target: Decoder, state: DecodeState, block: jax.Array, sampling: Sampling | None, tap_ids: tuple[int, ...]
-) -> tuple[DecodeState, DecoderOutput, jax.Array]:
-    positions = state.length[:, None] + jnp.arange(block.shape[1], dtype=jnp.int32)
-    output = target(block, positions, cache=state.cache, tap_ids=tap_ids)
-    choices = choose(target.logits(output.hidden), positions + 1, sampling)
-    assert output.cache is not None
-    return _fed_back(state, output.cache, choices), output, positions
+def _rows(state: DecodeState) -> tuple[jax.Array, jax.Array, KVCache]:
+    """Where rows stand, that none is done, and the target's cache."""
+    return state.length, jnp.zeros_like(state.done), state.cache
 
 
-def _run_tree(
-    target: Decoder, state: DecodeState, tree: DraftTree, sampling: Sampling | None, tap_ids: tuple[int, ...]
-) -> tuple[DecodeState, Verified]:
-    never_done = jnp.zeros_like(state.done)
-    verified = verify_tree(target, tap_ids, tree, state.length, never_done, state.cache, sampling)
-    return _fed_back(state, verified.cache, verified.tokens), verified
-
-
-def _fed_back(state: DecodeState, cache: KVCache, choices: jax.Array) -> DecodeState:
-    tokens = jax.vmap(lambda row, new: row.at[: new.shape[0]].set(new))(state.tokens, choices)
-    return dataclasses.replace(state, tokens=tokens, cache=cache)
+def _fed_back(state: DecodeState, verified: Verified) -> DecodeState:
+    tokens = jax.vmap(lambda row, new: row.at[: new.shape[0]].set(new))(state.tokens, verified.tokens)
+    return dataclasses.replace(state, tokens=tokens, cache=verified.cache)
 
 
 def _some_tree(state: DecodeState, drafting: Drafting) -> DraftTree:

@@ -16,16 +16,8 @@ from specjax.models.sharding import SPECS, put
 from tests.decoding.trees import best_first, chain, follow
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Oracle:
-    """Proposes `table`: row r's token at every absolute position, right or wrong. Keeps no state.
-
-    table: tokens [b, positions], or logits [b, positions, v].
-    """
-
-    table: jax.Array
-    block_size: int = field(metadata={"static": True})
+class Stateless:
+    """What a drafter needs that takes nothing in."""
 
     @property
     def tap_ids(self) -> tuple[int, ...]:
@@ -36,6 +28,18 @@ class Oracle:
 
     def observe(self, state: None, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array) -> None:
         return None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Oracle(Stateless):
+    """Proposes `table`: row r's token at every absolute position, right or wrong.
+
+    table: tokens [b, positions], or logits [b, positions, v].
+    """
+
+    table: jax.Array
+    block_size: int = field(metadata={"static": True})
 
     def upcoming(self, length_b: jax.Array, draft_tokens: int) -> jax.Array:
         """The table's entries for the proposals of a block."""

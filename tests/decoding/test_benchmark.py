@@ -7,15 +7,14 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import pytest
 
-from specjax.decoding import benchmark, step_costs
+from specjax.decoding import auto_width, benchmark
 from specjax.decoding.auto_width import AutoWidth
-from specjax.decoding.batch import Batch
 from specjax.decoding.benchmark import (
     COSTS_EVERY,
     Case,
+    Counts,
     Measurement,
     _cost_model,
     _pool,
@@ -28,12 +27,8 @@ from specjax.decoding.benchmark import (
 )
 from specjax.decoding.benchmark_settings import AR, AUTO, Settings, Way, check_settings
 from specjax.decoding.benchmark_tables import table
-from specjax.decoding.drafter import DFlashDrafter
 from specjax.decoding.generate import Generation, generate
-from specjax.decoding.loop import Drafting
-from specjax.decoding.target_pass import verify_tree
 from specjax.errors import InputError
-from specjax.models.sharding import mesh_scope
 from tests.decoding.tiny import FULL, random_draft, random_prompts, random_target
 
 
@@ -84,7 +79,7 @@ DRAFTED = [seconds(2.0, 5.0), seconds(5.0, 4.0), seconds(3.0, 11.0)]
 
 
 def test_speeds_are_medians_and_ratios_are_taken_within_a_run() -> None:
-    assert _speeds(PLAIN, DRAFTED, tokens=94, prompts=4) == {
+    assert _speeds(PLAIN, DRAFTED, Counts(prompts=4, ar_tokens=94, tokens=94)) == {
         "ar_tokens_per_s": 90 / 9,
         "ar_end_to_end_tokens_per_s": 94 / 11,
         "speculative_tokens_per_s": 90 / 3,
@@ -96,10 +91,31 @@ def test_speeds_are_medians_and_ratios_are_taken_within_a_run() -> None:
     }
 
 
+def test_speeds_of_other_draws_compare_tokens_a_second() -> None:
+    """180 and 184 tokens in place of 90 and 94, in the same times."""
+    found = _speeds(PLAIN, DRAFTED, Counts(prompts=4, ar_tokens=94, tokens=184))
+    assert (found["ar_tokens_per_s"], found["speculative_tokens_per_s"]) == (90 / 9, 180 / 3)
+    assert (found["speedup_decode"], found["speedup_decode_range"]) == (6.0, [4.0, 8.0])
+    assert found["speedup_end_to_end"] == pytest.approx(2 * 184 / 94)
+    bounds = [
+        _cost_model(BOUND_AR, BOUND_DRAFTED, steps=20, rounds=5, counts=Counts(4, 94, tokens)) for tokens in (94, 184)
+    ]
+    assert bounds[1] == bounds[0] | {"speedup_bound": 2 * bounds[0]["speedup_bound"]}
+
+
+def test_where_the_prefill_yields_every_token_decoding_has_no_speed() -> None:
+    found = _speeds(PLAIN, DRAFTED, Counts(prompts=4, ar_tokens=4, tokens=4))
+    of_decoding = ("ar_tokens_per_s", "speculative_tokens_per_s", "speedup_decode", "speedup_decode_range")
+    assert [found[name] for name in of_decoding] == [None] * 4
+    assert (found["ar_end_to_end_tokens_per_s"], found["speedup_end_to_end"]) == (4 / 11, 2.0)
+
+
+BOUND_AR = [seconds(12.0, 0, verify=10.0), seconds(24.0, 0, verify=20.0), seconds(6.0, 0, verify=5.0)]
+BOUND_DRAFTED = [seconds(5.0, 0, 3.0, 1.0), seconds(9.0, 0, 6.0, 2.0), seconds(4.0, 0, 1.5, 1.0)]
+
+
 def test_the_bound_and_the_share_of_it_are_taken_within_a_run() -> None:
-    ar = [seconds(12.0, 0, verify=10.0), seconds(24.0, 0, verify=20.0), seconds(6.0, 0, verify=5.0)]
-    drafted = [seconds(5.0, 0, 3.0, 1.0), seconds(9.0, 0, 6.0, 2.0), seconds(4.0, 0, 1.5, 1.0)]
-    found = _cost_model(ar, drafted, steps=20, rounds=5)
+    found = _cost_model(BOUND_AR, BOUND_DRAFTED, steps=20, rounds=5, counts=Counts(4, 94, 94))
     assert found == {
         "ar_step_s": 10 / 20,
         "draft_s": 1 / 5,
@@ -166,8 +182,10 @@ def test_a_report_without_rounds_is_shown_and_is_json() -> None:
     case = Case(Settings(max_new_tokens=1), 0.0, 2, (way,))
     report = _report(random_draft(0, FULL), Measurement(generations, passes, {way: []}), case, way, "x")
     assert (report["rounds"], report["acceptance_length"], report["speedup_bound"]) == (0, None, None)
+    assert report["speedup_decode"] is None
     json.dumps(report, allow_nan=False)
-    assert dict(table({"x": report}))["acceptance length (tokens a round)"] == "-"
+    shown = dict(table({"x": report}))
+    assert shown["acceptance length (tokens a round)"] == shown["speedup, decode only"] == "-"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +203,18 @@ def test_a_report_without_rounds_is_shown_and_is_json() -> None:
         ({"temperatures": (0.0, -1.0)}, "temperature is -1.0"),
         ({"top_p": 0.9}, "top_p is 0.9, but temperature 0 is greedy"),
         ({"temperatures": (0.0, 1.0), "top_k": 0}, "top_k is 0; give at least 1"),
+        (
+            {"rules": ("match", "block")},
+            "rule is block, but temperature 0 is greedy; give a temperature, or leave rule",
+        ),
+        ({"draft_choices": ("sample",)}, "draft_choice is sample, but temperature 0 is greedy"),
+        ({"temperatures": (0.0, 1.0), "rules": ("match", "typical")}, "rule is 'typical'; give one of match"),
+        ({"temperatures": (1.0,), "rules": ("block", "match", "block")}, "rules: block is there twice"),
+        ({"temperatures": (1.0,), "draft_choices": ("sample",) * 2}, "draft_choices: sample is there twice"),
+        (
+            {"temperatures": (0.0, 1.0), "rules": ("match", "block"), "draft_tokens": (3, AUTO)},
+            "rule is block, but draft_tokens is auto",
+        ),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"runs": 0}, "runs is 0"),
     ],
@@ -245,7 +275,9 @@ def test_a_grid_of_settings_over_two_data_sets(monkeypatch: pytest.MonkeyPatch) 
 def test_trees_and_chosen_widths_are_ways_beside_the_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     target, draft = random_target(0), random_draft(0, FULL)
     prompts = random_prompts(3, 4)
-    settings = Settings(12, (5,), (2,), (1, AUTO, 2), runs=2, tree_nodes=(6,))
+    settings = Settings(12, (5,), (2,), (1, AUTO, 2), runs=2, tree_nodes=(6, AUTO))
+    monkeypatch.setattr(auto_width, "TREE_SIZES", (2,))
+    monkeypatch.setattr(auto_width, "TREE_DEPTHS", 1)
     autos: list[AutoWidth] = []
 
     def watching(*args: Any, **kwargs: Any) -> Generation:
@@ -255,18 +287,23 @@ def test_trees_and_chosen_widths_are_ways_beside_the_chains(monkeypatch: pytest.
 
     monkeypatch.setattr(benchmark, "generate", watching)
     reports = benchmark_decoding(target, draft, {"one": prompts[:2], "two": prompts[2:]}, settings)
-    labels = ("1", "auto", "2", "tree of 6")
-    assert list(reports) == [f"{name}, {label} drafts" for name in ("one", "two", "all") for label in labels]
-    # One object a data set, over the untimed pass and two timed ones.
-    assert [autos.count(auto) for auto in dict.fromkeys(autos)] == [3, 3]
+    labels = ("1 drafts", "auto drafts", "2 drafts", "tree of 6 drafts", "auto drafts or trees")
+    assert list(reports) == [f"{name}, {label}" for name in ("one", "two", "all") for label in labels]
+    # One object a data set and way, over the untimed pass and two timed ones.
+    each = list(dict.fromkeys(autos))
+    assert [autos.count(auto) for auto in each] == [3] * 4
+    assert [auto.trees for auto in each] == [False, True] * 2
+    chosen_from = [{(d.draft_tokens, d.tree_nodes) for d in next(iter(auto.seconds.values()))} for auto in each[:2]]
+    assert chosen_from == [{(0, 0), (1, 0), (3, 0)}, {(0, 0), (1, 0), (3, 0), (3, 6)}]
     json.dumps(reports, allow_nan=False)
 
     plain = generate(target, prompts, None, 12, (5,)).tokens
-    one, auto, two, tree = (reports[f"all, {label} drafts"] for label in labels)
-    for report in (one, auto, two, tree):
+    of_all = [reports[f"all, {label}"] for label in labels]
+    for report in of_all:
         assert (report["identical"], report["outputs"]) == (True, plain)
-    ways = [(report["draft_tokens"], report["tree_nodes"]) for report in (one, auto, two, tree)]
-    assert ways == [(1, 0), ("auto", 0), (2, 0), (2, 6)]  # the tree is as deep as the widest chain
+    ways = [(report["draft_tokens"], report["tree_nodes"]) for report in of_all]
+    assert ways == [(1, 0), ("auto", 0), (2, 0), (2, 6), ("auto", "auto")]  # the tree is as deep as the widest chain
+    one, auto, two, tree, _ = of_all
 
     rounds = [r for row in generate(target, prompts, draft, 12, (5,), 2, tree_nodes=6).rounds for r in row]
     assert tree["rounds"] == len(rounds) < two["rounds"]
@@ -284,6 +321,53 @@ def test_trees_and_chosen_widths_are_ways_beside_the_chains(monkeypatch: pytest.
     assert shown["draft / verify / whole round, ms"] == "- / - / -"
 
 
+def test_ways_are_widths_by_rules_by_choices_and_then_trees() -> None:
+    settings = Settings(
+        temperatures=(0.0, 1.0),
+        draft_tokens=(1, 3),
+        tree_nodes=(9,),
+        rules=("match", "block"),
+        draft_choices=("argmax", "sample"),
+    )
+    check_settings(settings, FULL)
+    hows = [(rule, choice) for rule in ("match", "block") for choice in ("argmax", "sample")]
+    assert settings.ways(4, 1.0) == (*(Way(width, 0, *how) for width in (1, 3) for how in hows), Way(3, 9))
+    assert settings.ways(4, 0.0) == (Way(1), Way(3), Way(3, 9))
+    assert Settings(rules=("rejection",)).ways(4, 0.0) == (Way(3),)
+    check_settings(Settings(temperatures=(1.0,), draft_tokens=(AUTO,), draft_choices=("sample",)), FULL)
+
+
+def test_rules_are_measured_by_their_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedily there is one rule; drawn, `block` gives other tokens than autoregressive decoding, and is not blamed."""
+    target, draft = random_target(0), random_draft(0, FULL)
+    prompts = random_prompts(3, 4)
+    settings = Settings(
+        12, (5,), (2,), (2,), (0.0, 1.0), seed=7, runs=1, rules=("match", "block"), draft_choices=("sample",)
+    )
+    costs = [Way(2), *(Way(2, 0, rule, "sample") for rule in ("match", "block"))]
+    monkeypatch.setattr(
+        benchmark, "_step_costs", lambda *args: {way: {"verify": 2.0, "draft": 1.0} for way in (AR, *costs)}
+    )
+    reports = benchmark_decoding(target, draft, {"x": prompts}, settings)
+    greedy, match, block = reports.values()
+    labels = "2 drafts", "2 drafts (sample)", "2 drafts (block, sample)"
+    assert list(reports) == [f"x, temperature {t}, {label}" for t, label in zip((0, 1, 1), labels, strict=True)]
+    json.dumps(reports, allow_nan=False)
+    drawn = {"temperature": 1.0, "seed": [7, 8, 9, 10]}
+    plain = generate(target, prompts, None, 12, (5,), **drawn).tokens
+    drafted = generate(target, prompts, draft, 12, (5,), 2, rule="block", draft_choice="sample", **drawn)
+    assert drafted.tokens != plain
+    for report in (greedy, match):
+        assert (report["identical"], report["different_prompts"], report["differences"]) == (True, 0, [])
+    assert (block["identical"], block["different_prompts"], block["differences"]) == (None, None, [])
+    assert (match["outputs"], block["outputs"]) == (plain, drafted.tokens)
+    counts = [sum(map(len, rows)) for rows in (plain, drafted.tokens)]
+    assert [block["ar_tokens"], block["tokens"]] == counts
+    assert [(r["rule"], r["draft_choice"]) for r in (greedy, block)] == [("match", "argmax"), ("block", "sample")]
+    assert block["acceptance_length"] == pytest.approx(statistics.mean(r for row in drafted.rounds for r in row))
+    assert block["speedup_decode"] == pytest.approx(block["speculative_tokens_per_s"] / block["ar_tokens_per_s"])
+
+
 def test_steps_and_rounds_are_timed_at_the_shape_of_the_batch() -> None:
     target, draft = random_target(0), random_draft(0, FULL)
     two, tree = Way(2), Way(2, 6)
@@ -294,21 +378,3 @@ def test_steps_and_rounds_are_timed_at_the_shape_of_the_batch() -> None:
     for way in (two, tree):
         assert 0 < costs[way]["verify"] < 1
         assert costs[way]["verify"] + costs[way]["draft"] > 0
-
-
-def test_the_pass_over_a_tree_runs_as_many_tokens_as_it_has_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced: both the pass alone and the pass after a draft, whose tree is built in the loop."""
-    target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
-    seen: list[tuple[int, ...]] = []
-
-    def watching(target: Any, tap_ids: Any, tree: Any, *rest: Any) -> Any:
-        seen.append((*tree.tokens.shape, tree.max_depth, len(tap_ids)))
-        return verify_tree(target, tap_ids, tree, *rest)
-
-    monkeypatch.setattr(step_costs, "verify_tree", watching)
-    with mesh_scope():
-        batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
-        state = batch.prefill(target, drafter)
-        for step in (step_costs._verify, step_costs._draft_and_verify):
-            jax.eval_shape(lambda state, step=step: step(target, drafter, state, None, Drafting(3, 8)), state)
-    assert seen == [(2, 9, 3, 0), (2, 9, 3, 2)]

@@ -35,8 +35,8 @@ def test_one_combination_is_a_table_of_data_sets() -> None:
 
 def test_several_combinations_are_rows() -> None:
     (_, shares, accepted), (_, speeds, fast), (_, costs, slow) = tables(grid())
-    assert shares[:4] == speeds[:4] == costs[:4] == ["data set", "T", "batch", "drafts"]
-    expected = [(name, "0", size, width) for name in ("code", "all") for size in "41" for width in "37"]
+    assert shares[:4] == speeds[:4] == costs[:4] == ["data set", "T", "batch", "way"]
+    expected = [(name, "0", size, f"{n} drafts") for name in ("code", "all") for size in "41" for n in "37"]
     assert [row[:4] for row in accepted] == [row[:4] for row in fast] == [row[:4] for row in slow] == expected
     assert accepted[0][shares.index("acceptance by position")] == "0.88 0.50 0.38"
     assert slow[0][costs.index("AR step, ms")] == "3.00"
@@ -51,6 +51,11 @@ def test_a_difference_is_told_with_its_margin() -> None:
 
     assert shown(2e-6, 1.5e-3) == "NO (2 prompts differ; gaps up to 1.5e-03 of the scores' range)"
     assert shown(2e-6, None) == "NO (2 prompts differ; gaps unknown)"
+
+
+def test_other_draws_are_neither_identical_nor_different() -> None:
+    ((_, _, rows),) = tables({"code": report(rule="block", identical=None, different_prompts=None)})
+    assert dict(rows)["outputs identical"] == "not the same draws"
 
 
 def test_the_comparison_with_pytorch_is_a_table_of_its_own() -> None:
@@ -73,18 +78,23 @@ def test_lines_of_speedup_go_over_batch_sizes() -> None:
 
 
 def test_ways_are_told_apart() -> None:
-    """A tree from the chain of its depth, and a chosen width."""
-    ways = {"3": {}, "auto": {"draft_tokens": "auto"}, "tree of 9": {"tree_nodes": 9}}
-    reports = {f"code, {label} drafts": report(**changes) for label, changes in ways.items()}
-    (_, columns, rows), *_ = tables(reports)
-    assert [row[columns.index("drafts")] for row in rows] == list(ways)
-    assert list(speedup_lines(reports)) == [f"code, T 0, {label} drafts" for label in ways]
-    shorter = report(draft_tokens=2, acceptance_by_position=[0.875, 0.5])
-    assert widest({"shorter": shorter, **reports}) == {
-        "code, T 0": reports["code, 3 drafts"],
-        "code, T 0, auto": reports["code, auto drafts"],
-        "code, T 0, tree of 9": reports["code, tree of 9 drafts"],
+    """A tree from the chain of its depth, a chosen width, and rules from one another."""
+    ways = {
+        "3 drafts": {},
+        "auto drafts": {"draft_tokens": "auto"},
+        "tree of 9 drafts": {"tree_nodes": 9},
+        "3 drafts (sample)": {"draft_choice": "sample"},
+        "3 drafts (block)": {"rule": "block"},
+        "3 drafts (block, sample)": {"rule": "block", "draft_choice": "sample"},
     }
+    reports = {f"code, {label}": report(temperature=1.0, **changes) for label, changes in ways.items()}
+    (_, columns, rows), *_ = tables(reports)
+    assert [row[columns.index("way")] for row in rows] == list(ways)
+    assert list(speedup_lines(reports)) == [f"code, T 1, {label}" for label in ways]
+    assert tables({"code": reports["code, 3 drafts (block)"]})[0][2][1][1] == "1 / 1 / 8 / 3 drafts (block)"
+    shorter = report(draft_tokens=2, acceptance_by_position=[0.875, 0.5], temperature=1.0)
+    others = {f"code, T 1, {label}": reports[f"code, {label}"] for label in ways if label != "3 drafts"}
+    assert widest({"shorter": shorter, **reports}) == {"code, T 1": reports["code, 3 drafts"]} | others
 
 
 def test_the_parts_of_a_round_add_up_to_it() -> None:
@@ -96,7 +106,13 @@ def test_the_parts_of_a_round_add_up_to_it() -> None:
 
 def test_figures_are_written_also_where_there_was_no_round(tmp_path: Path) -> None:
     costs = dict.fromkeys(("ar_step_s", "draft_s", "verify_s", "round_s", "speedup_bound", "share_of_bound"))
-    nothing = report(rounds=0, acceptance_length=None, acceptance_by_position=[], data_set="all", **costs)
+    speeds = dict.fromkeys(
+        ("ar_tokens_per_s", "speculative_tokens_per_s", "speedup_decode", "speedup_decode_range"),
+    )
+    missing = costs | speeds | {"acceptance_length": None, "acceptance_by_position": []}
+    nothing = report(rounds=0, data_set="all", **missing)
+    ((_, _, rows),) = tables({"all": nothing})
+    assert [cell for name, cell in rows if "decode only" in name] == ["-", "-", "-"]
     for reports in (grid(), {"all": nothing}):
         written = write_plots(reports, tmp_path)
         assert [path.name for path in written] == ["speedup.png", "acceptance_by_position.png", "round.png"]

@@ -16,7 +16,7 @@ from specjax.decoding.loop import decode, prefill
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
-from specjax.models.sharding import mesh_scope
+from specjax.models.sharding import make_mesh, mesh_scope
 from tests.decoding.tiny import FULL, TARGET, random_draft, random_target
 
 PROMPT = [1, 2, 3]
@@ -174,6 +174,20 @@ def test_a_draft_of_another_target_is_refused(
     other = random_draft(0, dataclasses.replace(FULL, **change))
     refused(caplog, message, target, [PROMPT], other)
     refused(caplog, message, target, [], other)
+
+
+def test_models_on_another_mesh_are_refused(
+    target: Decoder, draft: DFlashDraft, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = r"data=1, fsdp=1, tensor=1 of devices \[0\]", r"data=1, fsdp=1, tensor=2 of devices \[0, 1\]"
+    with jax.set_mesh(make_mesh(tensor=2)):
+        sharded = random_target(0)
+        remedy = "load target and draft and generate under the same jax.set_mesh"
+        refused(caplog, f"the target is on the mesh {one}, but the mesh in force is {two}; {remedy}", target, [PROMPT])
+        refused(caplog, f"the draft is on the mesh {one}, but the mesh in force is {two}", sharded, [PROMPT], draft)
+    refused(caplog, f"the target is on the mesh {two}, but the mesh in force is {one}", sharded, [PROMPT])
+    with jax.set_mesh(make_mesh(devices=jax.devices()[1:2])):
+        refused(caplog, r"devices \[0\], but the mesh in force is .* of devices \[1\]", target, [PROMPT])
 
 
 def test_a_bidirectional_target_is_refused(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,6 +15,7 @@ from specjax.decoding import generate
 from specjax.decoding.verify import acceptance
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import SPECS, make_mesh, mesh_scope
+from tests.decoding.oracle import Stateless
 from tests.decoding.tiny import FULL, TARGET, next_logits, random_draft, random_prompts, random_target
 
 Law = dict[tuple[int, ...], float]
@@ -100,21 +101,11 @@ def test_block_keeps_more_than_rejection() -> None:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Stateless):
     """Drafts of the same laws in every row: logits [positions, v]."""
 
     logits: jax.Array
     block_size: int = field(metadata={"static": True})
-
-    @property
-    def tap_ids(self) -> tuple[int, ...]:
-        return ()
-
-    def init(self, rows: int, capacity: int) -> None:
-        return None
-
-    def observe(self, state: None, *_: object) -> None:
-        return None
 
     def draft_logits(
         self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int

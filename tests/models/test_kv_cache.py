@@ -11,28 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from specjax.models.decoder import Decoder, DecoderConfig
+from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache, key_spec
-from specjax.models.layers import RopeConfig
 from specjax.models.sharding import SPECS, make_mesh, put
+from tests.decoding.tiny import OTHER_TARGETS
 
 CAPACITY = 24
-CONFIG = DecoderConfig(
-    model_type="qwen3",
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=64,
-    rope=RopeConfig(),
-    qk_norm=True,
-    sliding_window=6,
-    layer_types=("full_attention", "sliding_attention"),
-)
+CONFIG = OTHER_TARGETS["sliding"]
 COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
 
 
@@ -61,9 +46,9 @@ def step(
     return out.hidden, out.cache
 
 
-def empty(config: DecoderConfig = CONFIG, batch: int = 2) -> KVCache:
-    heads, head_dim = config.num_key_value_heads, config.head_dim
-    return KVCache.create(config.num_hidden_layers, batch, heads, CAPACITY, head_dim, jnp.float32)
+def empty(batch: int = 2) -> KVCache:
+    heads, head_dim = CONFIG.num_key_value_heads, CONFIG.head_dim
+    return KVCache.create(CONFIG.num_hidden_layers, batch, heads, CAPACITY, head_dim, jnp.float32)
 
 
 def feed(

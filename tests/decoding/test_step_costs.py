@@ -1,0 +1,85 @@
+"""What is timed as a step or a round: the decoder's own pass, its rule and its draws, and how many of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from specjax.decoding import step_costs
+from specjax.decoding.batch import Batch
+from specjax.decoding.drafter import DFlashDrafter
+from specjax.decoding.loop import Drafting
+from specjax.decoding.target_pass import verify_chain, verify_tree
+from specjax.models.sharding import mesh_scope
+from tests.decoding.tiny import FULL, TARGET, random_draft, random_prompts, random_target
+
+
+def test_a_round_costs_what_its_rule_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced: both the pass alone and the pass after a draft run the rule, on the law of drawn drafts."""
+    target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
+    seen: list[tuple[Any, ...]] = []
+
+    def watching(target: Any, tap_ids: Any, block: Any, law: Any, *rest: Any) -> Any:
+        seen.append((rest[-1], block.shape, None if law is None else law.shape))
+        return verify_chain(target, tap_ids, block, law, *rest)
+
+    monkeypatch.setattr(step_costs, "verify_chain", watching)
+    with mesh_scope():
+        batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
+        sampling = batch.with_sampling(1.0, None, None, [0, 1]).sampling
+        state = batch.prefill(target, drafter)
+        for rule, choice in (("block", "sample"), ("rejection", "argmax")):
+            for step in (step_costs._verify, step_costs._draft_and_verify):
+                run = partial(step, drafting=Drafting(2, 0, rule, choice))
+                jax.eval_shape(run, target, drafter, state, sampling)
+    assert seen == [("block", (2, 3), (2, 2, TARGET.vocab_size))] * 2 + [("rejection", (2, 3), None)] * 2
+
+
+def test_steps_are_as_many_as_a_rounds_tokens_and_every_one_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws that repeat would be made once, before the loop."""
+    target = random_target(0)
+
+    def step(target: Any, drafter: None, state: Any, sampling: Any, drafting: Drafting) -> Any:
+        tokens = state.tokens.at[:, state.round].set(sampling.seeds.astype(jnp.int32))
+        return dataclasses.replace(state, tokens=tokens, round=state.round + 1)
+
+    counted: list[int] = []
+    original = step_costs._seconds
+
+    def counting(*args: Any) -> Any:
+        counted.append(args[-1])
+        return original(*args)
+
+    with mesh_scope():
+        batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, 4)
+        sampling = batch.with_sampling(1.0, None, None, [3, 50]).sampling
+        state = batch.prefill(target, None)
+        _, state = original(step, target, None, state, sampling, Drafting(0), 5)
+        monkeypatch.setattr(step_costs, "_seconds", counting)
+        step_costs.ar_seconds(target, batch, 4)
+        step_costs.round_seconds(target, DFlashDrafter(random_draft(0, FULL)), batch, Drafting(2))
+    assert state.tokens[:, :5].tolist() == [[3, 4, 5, 6, 7], [50, 51, 52, 53, 54]]
+    assert counted == [16 * 4, 16, 16]
+
+
+def test_the_pass_over_a_tree_runs_as_many_tokens_as_it_has_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced: both the pass alone and the pass after a draft, whose tree is built in the loop."""
+    target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
+    seen: list[tuple[int, ...]] = []
+
+    def watching(target: Any, tap_ids: Any, tree: Any, *rest: Any) -> Any:
+        seen.append((*tree.tokens.shape, tree.max_depth, len(tap_ids)))
+        return verify_tree(target, tap_ids, tree, *rest)
+
+    monkeypatch.setattr(step_costs, "verify_tree", watching)
+    with mesh_scope():
+        batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
+        state = batch.prefill(target, drafter)
+        for step in (step_costs._verify, step_costs._draft_and_verify):
+            jax.eval_shape(partial(step, drafting=Drafting(3, 8)), target, drafter, state, None)
+    assert seen == [(2, 9, 3, 0), (2, 9, 3, 2)]
