@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import PartitionSpec as P
 
-from specjax.decoding.auto_width import AutoWidth, Measured
+from specjax.decoding.auto_width import AutoWidth, Choice, Measured
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import DFlashDrafter, Drafter
 from specjax.decoding.flat import Flat
@@ -192,11 +192,7 @@ class Stream:
             self._batch = batch.with_sampling(temperature, top_k, top_p, seeds, mask)
             self._ends: list[int | None] = [None] * len(batch.lengths)  # by stop strings
             self._searched = [0] * len(batch.lengths)  # tokens without one
-            self._choice = None
-            if self._auto is not None:
-                options = self._auto.options(block_size, target.config.vocab_size, draft_choice)
-                seconds = self._auto.times(options, self._costs_key(), self._measure)
-                self._choice = self._auto.start(seconds)
+            self._choice = None if self._auto is None else self._start(self._auto, block_size, draft_choice)
             started = time.perf_counter()
             self._state = jax.block_until_ready(self._batch.prefill(*self._flat))
             self._prefill_seconds = time.perf_counter() - started
@@ -293,10 +289,12 @@ class Stream:
                 self._state = replace(self._state, done=self._state.done | put(ended, SPECS.act_b))
             self._progress = replace(self._progress, done=self._progress.done | ended[: len(self._progress.done)])
 
-    def _costs_key(self) -> Hashable:
-        """What the seconds of a round depend on, but for the drafts."""
+    def _start(self, auto: AutoWidth, block_size: int, draft_choice: str) -> Choice:
+        """The choices of this call, whose times are measured first unless an equal call was."""
+        options = auto.options(block_size, self._target.config.vocab_size, draft_choice)
         structures = [flat.structure for flat in self._flat] + [jax.tree.structure(self._batch.sampling)]
-        return self._batch.rows, self._batch.capacity, self._mesh, *structures
+        setting = self._batch.rows, self._batch.capacity, self._mesh, *structures  # but for the drafts
+        return auto.start(auto.times(options, setting, self._measure))
 
     def _measure(self, drafting: Drafting) -> Measured:
         """The first rounds after the prompts, on rows that do not end."""
