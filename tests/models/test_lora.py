@@ -254,7 +254,8 @@ def run(shape: tuple[int, int, int], remat: bool = False) -> Results:
         wide = tiny_decoder(RAW)
         # Halved, so that layers do not amplify the rounding of those before them.
         base, adapters = jax.tree.map(lambda x: x / 2, (wide, tiny_adapters(wide)))
-        return jax.tree.map(np.asarray, train_step(base, adapters, random_tokens(), suffix(), remat))
+        adapted = jax.reshard(suffix(), P("tensor"))  # any layout is taken
+        return jax.tree.map(np.asarray, train_step(base, adapters, random_tokens(), adapted, remat))
 
 
 @pytest.fixture(scope="module")
