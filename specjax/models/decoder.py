@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,21 @@ from flax import nnx
 
 from specjax.models.attention import DEFAULT_QUERY_CHUNK, KeySegment, attention
 from specjax.models.kv_cache import KVCache
-from specjax.models.layers import MLP, Embedding, Linear, RMSNorm, RopeConfig, apply_rotary, rotary_tables
+from specjax.models.layers import (
+    MLP,
+    NO_ADAPTERS,
+    Embedding,
+    LayerAdapters,
+    Linear,
+    RMSNorm,
+    RopeConfig,
+    apply_rotary,
+    rotary_tables,
+)
 from specjax.models.sharding import SPECS, axis_size
+
+if TYPE_CHECKING:
+    from specjax.models.lora import LoRAAdapters
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
@@ -140,22 +153,27 @@ class Attention(nnx.Module):
         self.k_norm = norm() if config.qk_norm else None
         self.head_dim = config.head_dim
 
-    def queries(self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def queries(
+        self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array], adapters: LayerAdapters = NO_ADAPTERS
+    ) -> jax.Array:
         """[b, t, n, h], normed and rotated."""
-        q = self._heads(self.q_proj(x_btd, SPECS.act_btf), SPECS.act_btf)
+        q = self._heads(self.q_proj(x_btd, SPECS.act_btf, adapters.q_proj), SPECS.act_btf)
         return apply_rotary(q if self.q_norm is None else self.q_norm(q), rotary)
 
-    def keys_values(self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def keys_values(
+        self, x_btd: jax.Array, rotary: tuple[jax.Array, jax.Array], adapters: LayerAdapters = NO_ADAPTERS
+    ) -> tuple[jax.Array, jax.Array]:
         """Keys (normed and rotated) and values, each [b, k, t, h]."""
         heads = self.k_proj.kernel.shape[1] // self.head_dim
         spec = SPECS.act_btf if heads % axis_size("tensor") == 0 else SPECS.act_btd
-        k, v = (self._heads(projection(x_btd, spec), spec) for projection in (self.k_proj, self.v_proj))
+        k = self._heads(self.k_proj(x_btd, spec, adapters.k_proj), spec)
+        v = self._heads(self.v_proj(x_btd, spec, adapters.v_proj), spec)
         k = apply_rotary(k if self.k_norm is None else self.k_norm(k), rotary)
         return k.swapaxes(1, 2), v.swapaxes(1, 2)
 
-    def output(self, attended_btnh: jax.Array) -> jax.Array:
+    def output(self, attended_btnh: jax.Array, adapters: LayerAdapters = NO_ADAPTERS) -> jax.Array:
         b, t = attended_btnh.shape[:2]
-        return self.o_proj(attended_btnh.reshape(b, t, -1), SPECS.act_btd)
+        return self.o_proj(attended_btnh.reshape(b, t, -1), SPECS.act_btd, adapters.o_proj)
 
     def _heads(self, x: jax.Array, spec: jax.sharding.PartitionSpec) -> jax.Array:
         # The split is the heads' also where there is only one: JAX would give it to the other axis then.
@@ -179,10 +197,10 @@ class DecoderLayer(nnx.Module):
             rngs=rngs,
         )
 
-    def residual(self, x_btd: jax.Array, attended_btnh: jax.Array) -> jax.Array:
+    def residual(self, x_btd: jax.Array, attended_btnh: jax.Array, adapters: LayerAdapters = NO_ADAPTERS) -> jax.Array:
         """The layer's output from its input and its attention's heads."""
-        x_btd = x_btd + self.self_attn.output(attended_btnh)
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd))
+        x_btd = x_btd + self.self_attn.output(attended_btnh, adapters)
+        return x_btd + self.mlp(self.post_attention_layernorm(x_btd), adapters)
 
 
 class Decoder(nnx.Module):
@@ -226,6 +244,9 @@ class Decoder(nnx.Module):
         cache: KVCache | None = None,
         slots_bt: jax.Array | None = None,
         tree_btt: jax.Array | None = None,
+        adapters: LoRAAdapters | None = None,
+        adapted_bt: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
         tap_ids: tuple[int, ...] = (),
         remat: bool = False,
         query_chunk: int = DEFAULT_QUERY_CHUNK,
@@ -241,9 +262,13 @@ class Decoder(nnx.Module):
         node 0 is the root, a node's position is the root's plus its depth, and node i sees the slots before the root
         and, window permitting, the nodes j with tree[i, j], which are itself and those above it. Nothing is written.
 
+        `adapters` act on the tokens where `adapted_bt` [b, t] bool (default: on all); the projections of the others are
+        the base's, bit for bit. With `dropout_key`, in training, what the adapters see is dropped out.
+
         Raises:
             ValueError: a cache is given to a bidirectional decoder, which would see its unwritten slots; a tree
-                without a cache, or with slots.
+                without a cache, or with slots; adapters of a decoder of another depth; tokens to adapt or a key
+                without adapters.
         """
         if tree_btt is not None and (cache is None or slots_bt is not None):
             raise ValueError("a tree continues cached tokens and writes none: give it a cache and no slots")
@@ -263,15 +288,28 @@ class Decoder(nnx.Module):
         config = self.config
         rotary = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions_bt)
         x = self.embed(tokens_bt)
+        applied = self._applied(adapters, adapted_bt, dropout_key)
         taps: dict[int, jax.Array] = {}
-        for i, layer in enumerate(self.layers):
+        for i, (layer, layer_adapters) in enumerate(zip(self.layers, applied, strict=True)):
             start, stop = self._visible(i, document_start_bt, query_slots, t if cache is None else cache.capacity)
             step = _layer_step if not remat else jax.checkpoint(_layer_step, static_argnums=(6, 8))
-            x, cache = step(layer, x, rotary, start, stop, cache, i, slots_bt, query_chunk, tree_btt)
+            x, cache = step(layer, x, rotary, start, stop, cache, i, slots_bt, query_chunk, tree_btt, layer_adapters)
             if i in tap_ids:
                 taps[i] = x
         concatenated = jnp.concatenate([taps[i] for i in tap_ids], axis=-1) if tap_ids else None
         return DecoderOutput(self.norm(x), concatenated, cache)
+
+    def _applied(
+        self, adapters: LoRAAdapters | None, adapted_bt: jax.Array | None, dropout_key: jax.Array | None
+    ) -> list[LayerAdapters]:
+        """The adapters of every layer of this decoder."""
+        if adapters is None:
+            if adapted_bt is not None or dropout_key is not None:
+                raise ValueError("adapted_bt and dropout_key say how adapters act: give adapters too")
+            return [NO_ADAPTERS] * len(self.layers)
+        if len(adapters.layers) != len(self.layers):
+            raise ValueError(f"adapters of {len(adapters.layers)} layers for a decoder of {len(self.layers)}")
+        return adapters.applied(adapted_bt, dropout_key)
 
     def _visible(
         self, layer: int, document_start: jax.Array, slots: jax.Array, num_keys: int
@@ -313,12 +351,13 @@ def _layer_step(
     slots_bt: jax.Array,
     query_chunk: int,
     tree_btt: jax.Array | None,
+    adapters: LayerAdapters,
 ) -> tuple[jax.Array, KVCache | None]:
     """One layer: writes its keys to the cache (if any), or keeps those of a tree apart; attends, applies the MLP."""
     attn = layer.self_attn
     normed = layer.input_layernorm(x_btd)
-    queries = attn.queries(normed, rotary)
-    keys, values = attn.keys_values(normed, rotary)
+    queries = attn.queries(normed, rotary, adapters)
+    keys, values = attn.keys_values(normed, rotary, adapters)
     start, stop = start_bt[:, None], stop_bt[:, None]
     if tree_btt is not None:
         assert cache is not None
@@ -335,4 +374,4 @@ def _layer_step(
             keys, values = cache.keys[index], cache.values[index]
         segments = [KeySegment(keys, values, start, stop)]
     attended = attention(queries[:, None], segments, scale=attn.head_dim**-0.5, query_chunk=query_chunk)
-    return layer.residual(x_btd, attended[:, 0]), cache
+    return layer.residual(x_btd, attended[:, 0], adapters), cache

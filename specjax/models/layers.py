@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,6 +17,26 @@ from specjax.models.sharding import BATCH, SPECS
 
 INIT_STDDEV = 0.02  # the `initializer_range` of every supported family
 
+# What a projection of input x and output y is adapted by: (x, y, layout of y) -> its output instead of y.
+Adapter = Callable[[jax.Array, jax.Array, P], jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerAdapters:
+    """The adapters of one layer's projections in one call; a projection without one is the base's own."""
+
+    q_proj: Adapter | None = None
+    k_proj: Adapter | None = None
+    v_proj: Adapter | None = None
+    o_proj: Adapter | None = None
+    gate_proj: Adapter | None = None
+    up_proj: Adapter | None = None
+    down_proj: Adapter | None = None
+
+
+NO_ADAPTERS = LayerAdapters()
+
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, spec: P) -> nnx.Param[jax.Array]:
     value = INIT_STDDEV * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -23,7 +44,7 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype, spec: P) -
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, kernel_io: jax.Array, out_sharding: P) -> jax.Array:
+def product(x: jax.Array, kernel_io: jax.Array, out_sharding: P) -> jax.Array:
     """x [..., i] @ kernel [i, o] in x's dtype; the kernel's gradient leaves the accumulator in the kernel's own dtype.
 
     Without this rule the gradient is first rounded to the compute dtype; it is also made as [o, i] and transposed,
@@ -33,7 +54,7 @@ def _product(x: jax.Array, kernel_io: jax.Array, out_sharding: P) -> jax.Array:
 
 
 def _product_forward(x: jax.Array, kernel_io: jax.Array, out_sharding: P) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return _product(x, kernel_io, out_sharding), (x, kernel_io)
+    return product(x, kernel_io, out_sharding), (x, kernel_io)
 
 
 def _product_backward(
@@ -51,7 +72,7 @@ def _product_backward(
     return dx, dkernel
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 class Linear(nnx.Module):
@@ -74,10 +95,12 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(bias) if use_bias else None
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array, out_sharding: P) -> jax.Array:
-        y = _product(x.astype(self.dtype), self.kernel[...], out_sharding)
+    def __call__(self, x: jax.Array, out_sharding: P, adapter: Adapter | None = None) -> jax.Array:
+        x = x.astype(self.dtype)
+        y = product(x, self.kernel[...], out_sharding)
         # Added and multiplied in the parameter's dtype, so that its gradient is summed over the tokens in that.
-        return y if self.bias is None else (y + self.bias[...]).astype(self.dtype)
+        y = y if self.bias is None else (y + self.bias[...]).astype(self.dtype)
+        return y if adapter is None else adapter(x, y, out_sharding)
 
 
 class RMSNorm(nnx.Module):
@@ -143,9 +166,10 @@ class MLP(nnx.Module):
         self.up_proj = linear(hidden, intermediate, SPECS.column_io)
         self.down_proj = linear(intermediate, hidden, SPECS.row_io)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate = self.gate_proj(x, SPECS.act_btf)
-        return self.down_proj(jax.nn.silu(gate) * self.up_proj(x, SPECS.act_btf), SPECS.act_btd)
+    def __call__(self, x: jax.Array, adapters: LayerAdapters = NO_ADAPTERS) -> jax.Array:
+        gate = self.gate_proj(x, SPECS.act_btf, adapters.gate_proj)
+        up = self.up_proj(x, SPECS.act_btf, adapters.up_proj)
+        return self.down_proj(jax.nn.silu(gate) * up, SPECS.act_btd, adapters.down_proj)
 
 
 @dataclass(frozen=True)

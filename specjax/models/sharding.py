@@ -3,7 +3,7 @@
 Every array of the package is laid out by a field of `Specs`; field names carry the dimension letters used
 throughout: b rows, t tokens, s key slots, d hidden, n query heads, k key/value heads, h head size, f MLP width,
 v vocabulary, N blocks of a row, B slots of a block, q queries and j own keys of one, m concatenated taps,
-i inputs, o outputs.
+i inputs, o outputs, r rank of a LoRA pair.
 """
 
 # ruff: noqa: N815, RUF009 (names carry dimension letters; a PartitionSpec is immutable)
@@ -26,7 +26,8 @@ BATCH = ("data", "fsdp")
 class Specs:
     """PartitionSpecs by purpose and dimension letters."""
 
-    # Parameters. Column-parallel kernels split their outputs over `tensor`, row-parallel ones their inputs.
+    # Parameters. Column-parallel kernels split their outputs over `tensor`, row-parallel ones their inputs. A LoRA
+    # pair [i, r], [r, o] takes its inputs' axis and its outputs' axis from its kernel; the rank is never split.
     embed_vd: P = P("tensor", "fsdp")
     head_dv: P = P("fsdp", "tensor")
     column_io: P = P("fsdp", "tensor")
@@ -43,6 +44,7 @@ class Specs:
     act_bNB: P = P(BATCH, None, None)
     act_btd: P = P(BATCH, None, None)
     act_bNBd: P = P(BATCH, None, None, None)
+    act_btr: P = P(BATCH, None, None)
     act_btf: P = P(BATCH, None, "tensor")
     act_btv: P = P(BATCH, None, "tensor")
     queries_bNqnh: P = P(BATCH, None, None, "tensor", None)

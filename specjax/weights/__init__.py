@@ -23,11 +23,14 @@ from specjax.weights.load import (
 )
 from specjax.weights.module_params import flat_params, with_params
 from specjax.weights.orbax_checkpoint import load_checkpoint, load_run_draft, load_run_params, save_checkpoint
+from specjax.weights.peft import adapter_config_from_peft, adapter_config_to_peft, load_adapters, save_adapters
 from specjax.weights.safetensors_files import model_folder
 from specjax.weights.save import save_draft, save_target
 
 __all__ = [
     "TargetFingerprint",
+    "adapter_config_from_peft",
+    "adapter_config_to_peft",
     "check_draft_matches",
     "decoder_config_from_hf",
     "decoder_config_to_hf",
@@ -36,6 +39,7 @@ __all__ = [
     "fingerprint_warning",
     "flat_params",
     "is_draft_config",
+    "load_adapters",
     "load_checkpoint",
     "load_draft",
     "load_run_draft",
@@ -45,6 +49,7 @@ __all__ = [
     "read_draft_config",
     "read_fingerprint",
     "read_target_config",
+    "save_adapters",
     "save_checkpoint",
     "save_draft",
     "save_target",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -146,12 +146,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@dataclass(frozen=True)
+class FieldTables:
+    """What a format says of fields that no reader takes: tables as IGNORED, FIXED and REFUSED are."""
+
+    ignored: Mapping[str, str]
+    fixed: Mapping[str, tuple[Any, ...]]
+    refused: Mapping[str, str]
+
+
+MODEL_FIELDS = FieldTables(IGNORED, FIXED, REFUSED)
+
+
 class ConfigReader:
     """Takes fields out of a config one by one, gathers every problem, and refuses what nobody took."""
 
-    def __init__(self, raw: Mapping[str, Any], source: str):
+    def __init__(self, raw: Mapping[str, Any], source: str, tables: FieldTables = MODEL_FIELDS):
         self.raw = raw
         self.source = source
+        self.tables = tables
         self.problems: list[str] = []
         self.used: set[str] = set()
 
@@ -196,15 +209,16 @@ class ConfigReader:
 
     def finish(self) -> None:
         """Raises InputError listing every problem, fields that nobody knows included."""
+        fixed, refused = self.tables.fixed, self.tables.refused
         for name, value in self.raw.items():
-            if name in self.used or name in IGNORED:
+            if name in self.used or name in self.tables.ignored or value in fixed.get(name, ()):
                 continue
-            if name in REFUSED:
-                self.problem(name, REFUSED[name])
-            elif name not in FIXED:
-                self.problem(name, "not a field this model family is known to have; its effect would be lost")
-            elif value not in FIXED[name]:
-                allowed = " or ".join(json.dumps(x) for x in FIXED[name])
+            if name in refused:
+                self.problem(name, refused[name])
+            elif name not in fixed:
+                self.problem(name, "not a field known here; its effect would be lost")
+            else:
+                allowed = " or ".join(json.dumps(x) for x in fixed[name])
                 self.problem(name, f"only {allowed} is supported")
         raise_problems(self.source, self.problems)
 

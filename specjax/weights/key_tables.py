@@ -110,6 +110,19 @@ TARGET_KEYS = KeyTable(
     prefix="model.",
     ignored=(_INVERSE_FREQUENCIES,),
 )
+# Names as PEFT writes them: those of the wrapped transformers model, without the adapter's own.
+ADAPTER_KEYS = KeyTable(
+    rules=tuple(
+        KeyRule(
+            f"layers.{{i}}.{name}.lora_{letter}.weight",
+            f"layers.{{i}}.{name.partition('.')[2]}.{letter.lower()}",
+            "transpose",
+        )
+        for name in _LINEARS
+        for letter in "AB"
+    ),
+    prefix="base_model.model.model.",
+)
 DRAFT_KEYS = KeyTable(
     rules=(
         KeyRule("fc.weight", "fc.kernel", "transpose"),

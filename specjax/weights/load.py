@@ -117,11 +117,7 @@ def _load(
         raise_problems(str(folder), files.problems + problems)
         if tied and LM_HEAD in files.infos:
             _check_tied_head(folder, files, params["embed_tokens.weight"], plan["embed_tokens.weight"][0])
-        arrays = {path: _read_sharded(files, *plan[path], params[path]) for path in params}
-        totals = fetch(_totals(arrays))
-        suspects = [path for path, total in totals.items() if not np.isfinite(total)]
-        wrong = [plan[path][0] for path in suspects if not fetch(jnp.isfinite(arrays[path]).all())]
-        raise_problems(str(folder), _listed("NaN or infinity in tensor", wrong))
+        arrays = read_planned(folder, files, plan, params)
         arrays |= {path: put(x.astype(param_dtype), SPECS.mask_embedding_d) for path, x in vectors.items()}
         return with_params(abstract, arrays)
 
@@ -156,6 +152,20 @@ def plan_loading(
         *_listed("tensor given twice", ambiguous),
     ]
     return plan, problems + wrong
+
+
+def read_planned(folder: Path, files: TensorFiles, plan: Plan, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The tensors of a `plan` without problems, by module path, as the abstract `params` are.
+
+    Raises:
+        InputError: lists the tensors that hold NaN or infinity.
+    """
+    arrays = {path: _read_sharded(files, *plan[path], params[path]) for path in params}
+    totals = fetch(_totals(arrays))
+    suspects = [path for path, total in totals.items() if not np.isfinite(total)]
+    wrong = [plan[path][0] for path in suspects if not fetch(jnp.isfinite(arrays[path]).all())]
+    raise_problems(str(folder), _listed("NaN or infinity in tensor", wrong))
+    return arrays
 
 
 def _listed(kind: str, names: list[str]) -> list[str]:

@@ -18,7 +18,8 @@ from specjax.errors import InputError
 from specjax.weights.config_fields import raise_problems, read_json
 
 SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
+INDEX_FILE = SINGLE_FILE + INDEX_SUFFIX
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "embedded_target"
 ALIGNMENT = 64  # bytes; XLA copies host arrays that are aligned less
@@ -127,8 +128,10 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def open_tensors(folder: Path) -> TensorFiles:
+def open_tensors(folder: Path, single: str = SINGLE_FILE) -> TensorFiles:
     """Opens `model.safetensors` or the shards of `model.safetensors.index.json`, reading headers only.
+
+    single: the file's name, where it is another.
 
     Files that are absent, truncated or at odds with the index become `problems` of the result, so that a caller can
     report them with its own.
@@ -136,7 +139,7 @@ def open_tensors(folder: Path) -> TensorFiles:
     Raises:
         InputError: the folder holds no weights at all.
     """
-    files, indexed, problems = _files(folder)
+    files, indexed, problems = _files(folder, single)
     infos: dict[str, TensorInfo] = {}
     maps: dict[Path, mmap.mmap] = {}
     for file in files:
@@ -158,7 +161,7 @@ def open_tensors(folder: Path) -> TensorFiles:
     opened_names = {file.name for file in maps}
     for name, shard in indexed.items():
         if shard in opened_names and (name not in infos or infos[name].file.name != shard):
-            problems.append(f"{name}: {INDEX_FILE} places it in {shard}, which does not hold it")
+            problems.append(f"{name}: {single}{INDEX_SUFFIX} places it in {shard}, which does not hold it")
     return TensorFiles(infos, maps, problems)
 
 
@@ -183,20 +186,20 @@ def _tensor_infos(file: Path, mapped: mmap.mmap) -> Iterator[TensorInfo]:
             yield TensorInfo(name, file, entry["dtype"], tuple(entry["shape"]), start)
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
+def _files(folder: Path, single: str) -> tuple[list[Path], dict[str, str], list[str]]:
     """(files to open, the index's tensor -> shard map, problems)."""
-    index = folder / INDEX_FILE
+    index = folder / (single + INDEX_SUFFIX)
     if not index.exists():
-        if not (folder / SINGLE_FILE).exists():
+        if not (folder / single).exists():
             found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))[:3])
             hint = f"; {found} is a PyTorch file: save the model as safetensors" if found else ""
-            raise InputError(f"{folder}: holds no weights ({SINGLE_FILE} or {INDEX_FILE}){hint}")
-        return [folder / SINGLE_FILE], {}, []
+            raise InputError(f"{folder}: holds no weights ({single} or {index.name}){hint}")
+        return [folder / single], {}, []
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(x, str) for x in weight_map.values()):
         raise InputError(f"{index}: weight_map is not an object of tensor names and file names; fetch the file again")
     outside = sorted({name for name in weight_map.values() if Path(name).name != name})
-    problems = [f"{INDEX_FILE}: shard {name!r} is not a file of the folder" for name in outside]
+    problems = [f"{index.name}: shard {name!r} is not a file of the folder" for name in outside]
     return [folder / name for name in sorted(set(weight_map.values()) - set(outside))], weight_map, problems
 
 

@@ -33,6 +33,8 @@ from specjax.weights.module_params import flat_params
 from specjax.weights.safetensors_files import DTYPE_NAMES, INDEX_FILE, SINGLE_FILE, write_safetensors
 
 SHARD_BYTES = 5_000_000_000  # what the hub recommends a file to stay under
+# What a model's folder holds of a model: of an older one, those that are not written again are removed.
+MODEL_FILES = ("model*.safetensors", INDEX_FILE, MASK_EMBEDDING_FILE)
 
 Row = tuple[str, Transform, jax.Array]
 
@@ -51,7 +53,7 @@ def save_target(
     shaping = [f"extra_config field {name}: shapes the network" for name in sorted(set(extra) - set(IGNORED))]
     raise_problems(str(folder), shaping)
     config = decoder_config_to_hf(decoder.config) | extra | {"dtype": jnp.dtype(dtype).name}
-    files = {CONFIG_FILE: _json_text(config)}
+    files = {CONFIG_FILE: json_text(config)}
     return _save(flat_params(decoder), Path(folder), TARGET_KEYS, jnp.dtype(dtype), files, SHARD_BYTES)
 
 
@@ -62,9 +64,9 @@ def save_draft(draft: DFlashDraft, folder: str | Path, *, fingerprint: TargetFin
     which servers pass over; None where the target is unknown.
     """
     dtype = jnp.dtype(jnp.bfloat16)
-    files = {CONFIG_FILE: _json_text(draft_config_to_hf(draft.config))}
+    files = {CONFIG_FILE: json_text(draft_config_to_hf(draft.config))}
     if fingerprint is not None:
-        files[FINGERPRINT_FILE] = _json_text(fingerprint.to_json())
+        files[FINGERPRINT_FILE] = json_text(fingerprint.to_json())
     params = flat_params(draft)
     mask_embedding = params.pop(MASK_EMBEDDING, None)
     if mask_embedding is not None:
@@ -83,17 +85,17 @@ def _save(
     limit: int | None,
 ) -> Path:
     """Writes `params` as safetensors, and `others` as they are."""
-    with mesh_scope(), _replacing(folder) as new:
+    with mesh_scope(), replacing(folder, MODEL_FILES, CONFIG_FILE) as new:
         shards = _shards(params, table, dtype, limit)
         count = len(shards)
         weight_map: dict[str, str] = {}
         for number, rows in enumerate(shards, 1):
             name = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             weight_map |= {row[0]: name for row in rows}
-            _write(None if new is None else new / name, rows, dtype)
+            write_rows(None if new is None else new / name, rows, dtype)
         if count > 1:
             total = sum(array.size for rows in shards for _, _, array in rows) * dtype.itemsize
-            others[INDEX_FILE] = _json_text({"metadata": {"total_size": total}, "weight_map": weight_map})
+            others[INDEX_FILE] = json_text({"metadata": {"total_size": total}, "weight_map": weight_map})
         if new is not None:
             for name, content in others.items():
                 (new / name).write_bytes(content)
@@ -114,7 +116,7 @@ def _shards(params: Mapping[str, jax.Array], table: KeyTable, dtype: np.dtype, l
     return shards
 
 
-def _write(path: Path | None, rows: list[Row], dtype: np.dtype) -> None:
+def write_rows(path: Path | None, rows: list[Row], dtype: np.dtype) -> None:
     """Writes one file; processes other than the first (path None) only take part in fetching."""
     arrays = (_fetch(array, transform, dtype) for _, transform, array in rows)
     if path is None:
@@ -141,10 +143,11 @@ def _orient(array: jax.Array, *, transform: Transform, dtype: np.dtype) -> jax.A
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path | None]:
+def replacing(folder: Path, owned: tuple[str, ...], config_file: str) -> Iterator[Path | None]:
     """Yields a scratch folder that becomes `folder`, or moves into it, when the block succeeds.
 
-    Only the first process writes; the others get None and wait until the folder is there.
+    Only the first process writes; the others get None and wait until the folder is there. `owned`: patterns of the
+    files that go when they are not written again; all other files of `folder` stay.
     """
     if jax.process_index() != 0:
         yield None
@@ -154,28 +157,27 @@ def _replacing(folder: Path) -> Iterator[Path | None]:
         new.mkdir()
         try:
             yield new
-            _move(new, folder)
+            _move(new, folder, owned, config_file)
         finally:
             shutil.rmtree(new, ignore_errors=True)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"saved {folder}")
 
 
-def _move(new: Path, folder: Path) -> None:
+def _move(new: Path, folder: Path, owned: tuple[str, ...], config_file: str) -> None:
     if not folder.exists():
         new.rename(folder)
         return
     written = {path.name for path in new.iterdir()}
-    for name in sorted(written - {CONFIG_FILE}):
+    for name in sorted(written - {config_file}):
         os.replace(new / name, folder / name)
-    stale = [*folder.glob("model*.safetensors"), folder / INDEX_FILE, folder / MASK_EMBEDDING_FILE]
-    for path in stale:
+    for path in [path for pattern in owned for path in folder.glob(pattern)]:
         if path.name not in written:
             path.unlink(missing_ok=True)
     # The config goes last: until then an interrupted overwrite is at worst an old config beside new weights,
     # which the loader's shape checks see.
-    os.replace(new / CONFIG_FILE, folder / CONFIG_FILE)
+    os.replace(new / config_file, folder / config_file)
 
 
-def _json_text(value: Mapping[str, Any]) -> bytes:
+def json_text(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
