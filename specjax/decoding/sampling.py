@@ -7,6 +7,7 @@ speculative decoding gives at any temperature the very tokens that autoregressiv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,6 +89,7 @@ def by_row(
     return jax.shard_map(local, in_specs=in_specs, out_specs=jax.tree.map(spec, out_ndim))(shared, rows, arrays)
 
 
+@jax.jit  # for calls outside of compiled code: a loop would compile at every one
 def processed(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits [..., v] as transformers' processors leave them: masks, temperature, top-k, then top-p; excluded ones are
     -inf.
@@ -97,19 +99,60 @@ def processed(logits: jax.Array, sampling: Sampling) -> jax.Array:
     scores = logits if sampling.allowed is None else jnp.where(sampling.allowed, logits, -jnp.inf)
     if sampling.temperature is None:
         return scores
-    scores = scores / sampling.temperature
+    scores = scores * (1 / sampling.temperature)  # a division would become this, but in loops stay one
     if sampling.top_k is None and sampling.top_p is None:
         return scores
-    falling = -jnp.sort(-scores, axis=-1)
-    rank = jnp.arange(scores.shape[-1])
-    kept = jnp.ones_like(falling, bool)
+    order = _order(scores)
     if sampling.top_k is not None:
-        kept &= falling >= jnp.where(rank == sampling.top_k - 1, falling, -jnp.inf).max(-1, keepdims=True)
+        least = _least_kept(order, jnp.ones_like(order), sampling.top_k)
+        scores = jnp.where(order >= least, scores, -jnp.inf)
     if sampling.top_p is not None:
-        share = jax.nn.softmax(jnp.where(kept, falling, -jnp.inf), axis=-1)
-        kept &= jnp.cumsum(share, axis=-1) - share < sampling.top_p  # what comes before it
-    least = jnp.where(kept, falling, jnp.inf).min(-1, keepdims=True)
-    return jnp.where(scores >= least, scores, -jnp.inf)
+        masses = _masses(scores)
+        total = masses.sum(-1, keepdims=True)
+        spare = jnp.floor((1 - sampling.top_p) * total).astype(jnp.int32)
+        least = _least_kept(order, masses, jnp.maximum(total - spare, 1))  # the likeliest always stays
+        scores = jnp.where((order >= least) | (sampling.top_p >= 1), scores, -jnp.inf)
+    return scores
+
+
+def _least_kept(order: jax.Array, weights: jax.Array, needed: jax.Array) -> jax.Array:
+    """[..., 1] int32: the greatest number from which on the entries of `order` [..., v] weigh at least `needed` in sum.
+
+    The least int32 if all of them weigh less. It is found bit by bit, which needs no sort: those are slow on TPU.
+    """
+
+    def decide(bit: jax.Array, found: jax.Array) -> jax.Array:
+        higher = found + jnp.left_shift(jnp.int32(1), 31 - bit)  # the sign's bit wraps from the least int32 to 0
+        enough = jnp.where(order >= higher, weights, 0).sum(-1, keepdims=True) >= needed
+        return jnp.where(enough, higher, found)
+
+    return jax.lax.fori_loop(0, 32, decide, jnp.full_like(order[..., :1], jnp.iinfo(jnp.int32).min))
+
+
+def _order(scores: jax.Array) -> jax.Array:
+    """Int32 numbers that compare as the float32 scores do, both zeros being equal."""
+    bits = jax.lax.bitcast_convert_type(scores, jnp.int32)
+    return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits, bits)
+
+
+def _masses(scores: jax.Array) -> jax.Array:
+    """The softmax of scores [..., v] in units of about 2^-30, int32; their sum is below 2^31 for v below 2^20.
+
+    The same for a position alone and among others, to the last bit: sums of integers have no order, and every float
+    operation here is rounded by itself. XLA's exp and its float sums depend on the shape, which at the edge of top-p
+    would give speculation another token than autoregressive decoding.
+    """
+    finite = jnp.maximum(scores, jnp.finfo(jnp.float32).min)  # and not rounded together with what made the scores
+    below = jnp.minimum(finite.max(-1, keepdims=True) - finite, 31.0)  # exp(-31) is no unit
+    steps = jnp.floor(below * 2**12).astype(jnp.int32)
+    weights = 1 - (below - steps * 2.0**-12)  # exp(-x) to 2^-25 for x below 2^-12
+    for bit in range(17):
+        weights = weights * jnp.where(steps >> bit & 1, math.exp(-(2.0 ** (bit - 12))), 1.0)
+    coarse = jnp.floor(weights * 2**11)
+    fine = jnp.floor((weights * 2**11 - coarse) * 2**11)
+    coarse_sum, fine_sum = (x.astype(jnp.int32).sum(-1, keepdims=True) for x in (coarse, fine))
+    total = coarse_sum * 2.0**-11 + fine_sum * 2.0**-22
+    return jnp.round(weights * (2**30 / total)).astype(jnp.int32)
 
 
 def gumbel(vocab_size: int, purpose: int, *of: jax.Array) -> jax.Array:
