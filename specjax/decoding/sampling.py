@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from specjax.models.sharding import BATCH, SPECS
 
 EXCLUDED = -1e30
+PIECE_BYTES = 2**24  # of float32 scores on a device, whose noise, masses and order take ten times as much
 TARGET_DRAWS, DRAFT_DRAWS, ACCEPTANCE_DRAWS = range(3)  # purposes
 
 
@@ -71,7 +72,7 @@ def masked(logits_btv: jax.Array, sampling: Sampling | None) -> jax.Array:
 def by_row(
     function: Callable[..., Any], sampling: Sampling, *arrays: jax.Array, out_ndim: int | tuple[int, ...]
 ) -> Any:
-    """`function` of the row's sampling and its part of `arrays` [b, ...], for every row.
+    """`function` of the row's sampling and its part of `arrays` [b, ...], for every row, in pieces of rows.
 
     The vocabulary is whole on every device then: all of `tensor` draw the same tokens. out_ndim: of the results.
     """
@@ -82,7 +83,11 @@ def by_row(
     rows, shared = (sampling.seeds, sampling.allowed), replace(sampling, seeds=None, allowed=None)  # type: ignore[arg-type]
 
     def local(shared: Sampling, rows: Any, arrays: tuple[jax.Array, ...]) -> Any:
-        return jax.vmap(lambda row, xs: function(replace(shared, seeds=row[0], allowed=row[1]), *xs))(rows, arrays)
+        def one(x: tuple[Any, tuple[jax.Array, ...]]) -> Any:
+            (seed, allowed), parts = x
+            return function(replace(shared, seeds=seed, allowed=allowed), *parts)
+
+        return _in_pieces(one, (rows, arrays), max(x[0].size for x in arrays))
 
     in_specs = (jax.tree.map(lambda _: P(), shared), *jax.tree.map(lambda x: spec(x.ndim), (rows, arrays)))
     rows, arrays = jax.reshard((rows, arrays), in_specs[1:])
@@ -173,6 +178,21 @@ def _key(purpose: int, of: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def _choose(sampling: Sampling, logits_tv: jax.Array, positions_t: jax.Array) -> jax.Array:
-    scores = processed(logits_tv, sampling)
-    noise = jax.vmap(lambda position: gumbel(scores.shape[-1], TARGET_DRAWS, sampling.seeds, position))
-    return jnp.argmax(scores + noise(positions_t), axis=-1).astype(jnp.int32)
+    def one(x: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits_v, position = x
+        noise = gumbel(logits_v.size, TARGET_DRAWS, sampling.seeds, position)
+        return jnp.argmax(processed(logits_v, sampling) + noise).astype(jnp.int32)
+
+    return _in_pieces(one, (logits_tv, positions_t), logits_tv.shape[-1])
+
+
+def _in_pieces(function: Callable[[Any], Any], xs: Any, scores: int) -> Any:
+    """`function` of every entry of the leading axis of `xs`, as many at a time as have `PIECE_BYTES` of scores.
+
+    scores: how many an entry has. Pieces are equal: for a rest, XLA would copy what precedes it.
+    """
+    count = jax.tree.leaves(xs)[0].shape[0]
+    if 4 * scores * count <= PIECE_BYTES:
+        return jax.vmap(function)(xs)
+    sizes = [size for size in range(2, count) if count % size == 0 and 4 * scores * size <= PIECE_BYTES]
+    return jax.lax.map(function, xs, batch_size=max(sizes, default=None))  # not 1: it copies `xs`

@@ -1,4 +1,4 @@
-"""What top-k and top-p keep: a float64 sort, the same alone and among others."""
+"""What top-k and top-p keep: a float64 sort, the same alone and among others, and without the memory of all rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from specjax.decoding.sampling import Sampling, _masses, processed
-from specjax.models.sharding import mesh_scope
+from specjax.decoding import sampling as module
+from specjax.decoding.sampling import Sampling, _masses, choose, greedy, processed
+from specjax.decoding.verify import propose, verify
+from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.test_sampling import sampling
 
 V = 60
@@ -112,3 +114,57 @@ def test_a_position_keeps_the_same_alone_and_among_others(
     for name, others in among.items():
         found = np.asarray(jax.jit(others)(jnp.asarray(logits), limits)).view(np.int32)
         np.testing.assert_array_equal(found, single[: len(found)], err_msg=name)
+
+
+@pytest.mark.parametrize("entries", [1, 2, 6, 15])
+def test_pieces_draw_what_the_whole_draws(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one position, of two, of a row (three), and of several."""
+    b, n, v = 6, 4, 96
+    rng = np.random.default_rng(0)
+    logits = put(rng.normal(scale=3, size=(b, n + 1, v)).astype(np.float32), SPECS.act_btv)
+    draft_logits = put(rng.normal(scale=3, size=(b, n, v)).astype(np.float32), SPECS.act_btv)
+    drafts = put(rng.integers(0, v, (b, n)).astype(np.int32), SPECS.act_bt)
+    length = put(np.arange(b, dtype=np.int32), SPECS.act_b)
+    s = replace(sampling(0.8, 40, 0.95, b), allowed=put(rng.random((b, v)) < 0.7, SPECS.act_bt))
+
+    def draws() -> list[jax.Array]:
+        positions = length[:, None] + jnp.arange(n + 1, dtype=jnp.int32)
+        found = [choose(logits, positions, s), greedy(logits, s)]
+        for rule in ("match", "rejection", "block"):
+            found.append(propose(draft_logits, length, s, rule=rule, draft_choice="sample"))
+            found += verify(logits, drafts, draft_logits, length, s, rule=rule)
+            found += verify(logits, drafts, None, length, s, rule=rule)
+        return found
+
+    whole = jax.jit(draws)()
+    monkeypatch.setattr(module, "PIECE_BYTES", 4 * v * entries)
+    pieces = jax.jit(lambda: draws())()  # another function, which compiles again
+    for one, other in zip(whole, pieces, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+ROUNDS = [("match", 3, 300_000), ("match", 15, 152_000), ("rejection", 3, 300_000), ("block", 15, 152_000)]
+
+
+@pytest.mark.parametrize(("rule", "n", "v"), ROUNDS)
+def test_memory_does_not_grow_with_the_rows(rule: str, n: int, v: int) -> None:
+    """Where three rows have the bytes of a piece, which do not divide the batch, and where one has."""
+
+    def temporaries(b: int) -> int:
+        shapes = {"logits": (b, n + 1, v), "drafts": (b, n), "draft_logits": (b, n, v), "length": (b,)}
+        kinds = {"drafts": jnp.int32, "length": jnp.int32}
+        x = {name: jax.ShapeDtypeStruct(shape, kinds.get(name, jnp.float32)) for name, shape in shapes.items()}
+        limits = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sampling(0.8, 50, 0.95, b))
+
+        @jax.jit
+        def run(x: dict[str, jax.Array], limits: Sampling) -> tuple[jax.Array, jax.Array]:
+            specs = {"logits": SPECS.act_btv, "drafts": SPECS.act_bt, "length": SPECS.act_b}
+            x = {name: jax.reshard(value, specs.get(name, SPECS.act_btv)) for name, value in x.items()}
+            limits = replace(limits, seeds=jax.reshard(limits.seeds, SPECS.act_b))
+            return verify(x["logits"], x["drafts"], x["draft_logits"], x["length"], limits, rule=rule)
+
+        return run.lower(x, limits).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = temporaries(8), temporaries(32)
+    assert many < 1.1 * few
+    assert few < 12 * module.PIECE_BYTES
