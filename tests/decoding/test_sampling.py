@@ -65,14 +65,14 @@ def test_draws_follow_the_processed_softmax() -> None:
 
 
 def plain_answers(target, prompts, count: int, seeds: list[int]) -> list[list[int]]:
-    """Token by token without a cache, through the eager `choose` of one row."""
-    answers = []
+    """Token by token without a cache, through `choose` of one row."""
+    alone, answers = jax.jit(choose), []
     for prompt, seed in zip(prompts, seeds, strict=True):
         tokens = list(prompt)
         for _ in range(count):
             logits = put(np.asarray(next_logits(target, tokens), np.float32)[None, None], SPECS.act_btv)
             settings = replace(sampling(*HOT.values()), seeds=put(np.array([seed], np.uint32), SPECS.act_b))
-            tokens.append(int(choose(logits, jnp.asarray([[len(tokens)]], jnp.int32), settings)[0, 0]))
+            tokens.append(int(alone(logits, jnp.asarray([[len(tokens)]], jnp.int32), settings)[0, 0]))
         answers.append(tokens[len(prompt) :])
     return answers
 
