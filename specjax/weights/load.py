@@ -161,7 +161,8 @@ def read_planned(folder: Path, files: TensorFiles, plan: Plan, params: Mapping[s
         InputError: lists the tensors that hold NaN or infinity.
     """
     arrays = {path: _read_sharded(files, *plan[path], params[path]) for path in params}
-    totals = fetch({path: _total(array) for path, array in arrays.items()})
+    # One at a time: on CPU, many all-reduces in flight can take all threads and wait for each other for ever.
+    totals = fetch({path: jax.block_until_ready(_total(array)) for path, array in arrays.items()})
     suspects = [path for path, total in totals.items() if not np.isfinite(total)]
     wrong = [plan[path][0] for path in suspects if not fetch(jnp.isfinite(arrays[path]).all())]
     raise_problems(str(folder), _listed("NaN or infinity in tensor", wrong))
