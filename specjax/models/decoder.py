@@ -263,7 +263,8 @@ class Decoder(nnx.Module):
         and, window permitting, the nodes j with tree[i, j], which are itself and those above it. Nothing is written.
 
         `adapters` act on the tokens where `adapted_bt` [b, t] bool (default: on all); the projections of the others are
-        the base's, bit for bit. With `dropout_key`, in training, what the adapters see is dropped out.
+        the base's, bit for bit but for what XLA fuses otherwise in a program with adapters than in one without. With
+        `dropout_key`, in training, what the adapters see is dropped out.
 
         Raises:
             ValueError: a cache is given to a bidirectional decoder, which would see its unwritten slots; a tree

@@ -161,7 +161,8 @@ def read_planned(folder: Path, files: TensorFiles, plan: Plan, params: Mapping[s
         InputError: lists the tensors that hold NaN or infinity.
     """
     arrays = {path: _read_sharded(files, *plan[path], params[path]) for path in params}
-    totals = fetch(_totals(arrays))
+    # One at a time: on CPU, many all-reduces in flight can take all threads and wait for each other for ever.
+    totals = fetch({path: jax.block_until_ready(_total(array)) for path, array in arrays.items()})
     suspects = [path for path, total in totals.items() if not np.isfinite(total)]
     wrong = [plan[path][0] for path in suspects if not fetch(jnp.isfinite(arrays[path]).all())]
     raise_problems(str(folder), _listed("NaN or infinity in tensor", wrong))
@@ -202,12 +203,9 @@ def _read_sharded(files: TensorFiles, name: str, transform: Transform, param: ja
 
 
 @jax.jit
-def _totals(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Finite only if all elements of an array are; on CPU ten times as fast as looking at each.
-
-    One program: many at once, each with a sum over devices, may wait for each other's threads for ever on CPU.
-    """
-    return {path: jnp.sum(array, dtype=jnp.float32) for path, array in arrays.items()}
+def _total(array: jax.Array) -> jax.Array:
+    """Finite only if all elements are; on CPU ten times as fast as looking at each."""
+    return jnp.sum(array, dtype=jnp.float32)
 
 
 @partial(jax.jit, static_argnames=("transform", "dtype"))
