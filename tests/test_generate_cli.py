@@ -224,9 +224,10 @@ def test_samples_rules_masks_and_widths_reach_the_decoder(
 
 
 @pytest.mark.parametrize("trees", [False, True])
-def test_trees_are_chosen_from_where_they_are_asked_for(trees: bool) -> None:
-    options = ["--target", "t", "--prompt", "p", "--draft-tokens", "auto", *(["--tree-nodes", "auto"] if trees else [])]
-    settings = _draft_settings(_parser().parse_args(options))
+def test_trees_are_chosen_from_where_they_are_asked_for(folder: Path, trees: bool) -> None:
+    models = ["--target", str(folder / "target"), "--draft", str(folder / "draft"), "--prompt", "p"]
+    options = ["--draft-tokens", "auto", *(["--tree-nodes", "auto"] if trees else [])]
+    settings = _draft_settings(_parser().parse_args([*models, *options]))
     assert settings["draft_tokens"].trees == trees
     assert settings["tree_nodes"] is None
 
