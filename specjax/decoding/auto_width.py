@@ -12,11 +12,12 @@ import numpy.typing as npt
 from specjax.decoding.loop import PLAIN, Drafting
 from specjax.decoding.tree import MOST_TREE_NODES
 
-DRAFT_ROUNDS = 8  # between two choices
-PLAIN_ROUNDS = 16
+DRAFT_ROUNDS = 16  # between two choices
+PLAIN_ROUNDS = 32
 PROBE_ROUNDS = 2
 REPEATS = 3  # of a measurement
 BUDGET = 0.015  # share of the time that looking for better ways may cost
+LEAST_GAIN = 1.03  # of drafting: measured times err by some percent, and plain rounds err on the safe side
 MEMORY = 0.93  # weight of a round's acceptance against the next one's
 STALE = 0.995  # the same where a round had no such drafts: so wider blocks are tried again, but seldom
 PRIOR = 2.0  # rows and rounds that a position's own acceptance counts against all positions' together
@@ -43,7 +44,7 @@ class AutoWidth:
 
     What yields the most tokens a second is taken, (1 + sum_k S_k) / T for k = 1..n, with T the measured seconds of a
     round and S_k the probability that k of its n drafts match, from the conditional acceptance of every position in
-    recent rounds; where that is no more than decoding without drafts, nothing is drafted. Other ways are tried again
+    recent rounds; where that is hardly more than decoding without drafts, nothing is drafted. Other ways are tried again
     from time to time, for at most `BUDGET` of the time.
 
     trees: choose among trees of drafts, too. A tree's acceptance is learned from its own rounds, and is no less than
@@ -141,7 +142,7 @@ class Choice:
         chains = [drafting for drafting in drafted if not drafting.tree_nodes]
         chain = max(chains, key=lambda d: (rates[d], d.draft_tokens))
         best = max((chain, *drafted), key=lambda d: rates[d])
-        leader = best if rates[best] >= 1 else PLAIN
+        leader = best if rates[best] >= LEAST_GAIN else PLAIN
         tried = self._to_try(leader, best, rates)
         if tried is not None:
             # A round yields a token, and what is expected where that has lately been seen.

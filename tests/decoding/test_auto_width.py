@@ -99,6 +99,7 @@ COSTS = {PLAIN: 1.0, CHAINS[1]: 1.35, CHAINS[3]: 1.5, CHAINS[7]: 1.75}
 @pytest.mark.parametrize("at_most", [99, 1], ids=["slices", "a round a step"])
 def test_hopeless_drafts_cost_little(at_most: int) -> None:
     clock = Clock(COSTS, [0.02] * 7, at_most=at_most)
+    clock.measure()
     assert clock.decode(200) < 1.05 * 200
     assert sum(clock.decode(200) for _ in range(20)) < 1.05 * 200 * 20
 
@@ -108,6 +109,7 @@ def test_hopeless_drafts_cost_little(at_most: int) -> None:
 )
 def test_the_best_width_is_found(acceptance: list[float], best: int) -> None:
     clock = Clock(COSTS, acceptance)
+    clock.measure()
     spent = sum(clock.decode(200) for _ in range(10))
     tokens = 1 + np.cumprod(acceptance)[:best].sum()
     assert spent < 1.1 * 2000 * COSTS[CHAINS[best]] / tokens
