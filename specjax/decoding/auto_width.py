@@ -44,7 +44,7 @@ class AutoWidth:
 
     What yields the most tokens a second is taken, (1 + sum_k S_k) / T for k = 1..n, with T the measured seconds of a
     round and S_k the probability that k of its n drafts match, from the conditional acceptance of every position in
-    recent rounds; where that is hardly more than decoding without drafts, nothing is drafted. Other ways are tried again
+    recent rounds; where that is hardly more than without drafts, nothing is drafted. Other ways are tried again
     from time to time, for at most `BUDGET` of the time.
 
     trees: choose among trees of drafts, too. A tree's acceptance is learned from its own rounds, and is no less than

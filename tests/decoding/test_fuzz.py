@@ -136,6 +136,8 @@ def with_ends(rng: np.random.Generator, call: Call, answers: list[list[int]]) ->
             stop[:1] = [answer[rng.choice([0, 1, 2, 20, 40])]]
     if rng.random() < 0.8:  # prompt 0 fills its bucket: so do its answers, and drafts go past the end
         limits[0], stops[0] = NEW, []
+    if max(limits) <= NEW * 3 // 4:  # which is a bucket of its own where prompts run in small chunks
+        limits[-1] = NEW
     return replace(call, limits=limits, stops=stops)
 
 
