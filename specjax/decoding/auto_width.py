@@ -48,22 +48,26 @@ class AutoWidth:
     from time to time, for at most `BUDGET` of the time.
 
     trees: choose among trees of drafts, too. A tree's acceptance is learned from its own rounds, and is no less than
-    the chain's, which it holds.
+    the chain's, which it holds. So is that of chains drafted in one pass, whose draft knows a token less.
     """
 
     def __init__(self, trees: bool = False) -> None:
         self.trees = trees
         self.seconds: dict[Hashable, Seconds] = {}
         self.saved = 0.0  # of the budget, in rounds without drafts; over all calls, for one may be too short to try
-        self._acceptance: dict[Drafting | None, _Acceptance] = {}  # None: of all chains
+        self._acceptance: dict[Drafting, _Acceptance] = {}  # by kind
         self._rounds = 0  # with drafts
-        self._last: dict[Drafting | None, int] = {}  # of these, the last use
+        self._last: dict[Drafting, int] = {}  # of these, the last use
 
-    def options(self, block_size: int, vocab_size: int, draft_choice: str = "argmax") -> tuple[Drafting, ...]:
-        """What is chosen from: no drafts; the whole block, and blocks of 2, 4, 8, ... slots; and trees of these."""
+    def options(
+        self, block_size: int, vocab_size: int, draft_choice: str = "argmax", one_pass: bool = False
+    ) -> tuple[Drafting, ...]:
+        """What is chosen from: no drafts; the whole block, and blocks of 2, 4, 8, ... slots, in two passes a round and,
+        where the draft can (`one_pass`), in one; and trees of these."""
         most = block_size - 1
         widths = [*(2**k - 1 for k in range(1, 31) if 2**k - 1 < most), most]
-        chains = (Drafting(width, draft_choice=draft_choice) for width in widths)
+        passes = (False, True) if one_pass else (False,)
+        chains = (Drafting(width, draft_choice=draft_choice, one_pass=one) for one in passes for width in widths)
         limit = min(MOST_TREE_NODES, vocab_size)
         trees = (
             Drafting(width, tree_nodes=size * width)
@@ -108,7 +112,8 @@ class AutoWidth:
 
     def expected_tokens(self, drafting: Drafting) -> float | None:
         """Tokens of a round; None before any like it was seen."""
-        kinds = {None, _kind(drafting)} & self._acceptance.keys()
+        kinds = {_kind(drafting)} | ({PLAIN} if drafting.tree_nodes else set())
+        kinds &= self._acceptance.keys()
         return max((self._acceptance[kind].expected(drafting.draft_tokens) for kind in kinds), default=None)
 
     def last_used(self, drafting: Drafting) -> int:
@@ -192,6 +197,6 @@ class _Acceptance:
         return 1 + float(np.cumprod(accepted[:draft_tokens]).sum())
 
 
-def _kind(drafting: Drafting) -> Drafting | None:
-    """What shares one acceptance: chains of all widths, or trees of one shape."""
-    return drafting if drafting.tree_nodes else None
+def _kind(drafting: Drafting) -> Drafting:
+    """What shares one acceptance: chains of all widths (`PLAIN`), those drafted in one pass, or trees of one shape."""
+    return drafting if drafting.tree_nodes else Drafting(0, one_pass=drafting.one_pass)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from specjax.decoding.auto_width import AutoWidth, Choice, Measured
 from specjax.decoding.batch import Batch
-from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.drafter import Drafter, drafter_of, one_pass_drafter
 from specjax.decoding.flat import Flat
 from specjax.decoding.inputs import (
     Ids,
@@ -24,6 +24,7 @@ from specjax.decoding.inputs import (
     check_logit_mask,
     check_meshes,
     check_models,
+    check_one_pass,
     check_rule,
     check_sampling,
     check_seeds,
@@ -37,6 +38,7 @@ from specjax.errors import InputError
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.lora_draft import LoRADraft
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import SPECS, mesh_scope, put
 
@@ -69,7 +71,7 @@ class Generation:
 def generate(
     target: Decoder,
     prompts: Sequence[Ids] | npt.NDArray[np.integer],
-    draft: DFlashDraft | Drafter | None = None,
+    draft: DFlashDraft | LoRADraft | Drafter | None = None,
     max_new_tokens: int | np.integer | Ids = 128,
     stop_token_ids: Ids | Sequence[Ids] = (),
     draft_tokens: int | AutoWidth | None = None,
@@ -81,6 +83,7 @@ def generate(
     rule: str = "match",
     draft_choice: str = "argmax",
     tree_nodes: int | None = None,
+    one_pass: bool = False,
     samples: int = 1,
     logit_mask: npt.ArrayLike | None = None,
     stop_strings: Sequence[str] = (),
@@ -91,8 +94,9 @@ def generate(
     max_new_tokens, stop_token_ids: for all prompts, or one entry a prompt. stop_strings: an answer ends with the token
     that completes one of them in the text of `tokenizer`. draft_tokens: drafts verified a round, at most block size - 1
     (the default), or an `AutoWidth`, which chooses. tree_nodes: verify a tree of so many drafts a round, `draft_tokens`
-    deep, by `match`. logit_mask: booleans [vocab_size] or [prompts, vocab_size], true
-    where a token may come.
+    deep, by `match`. one_pass: draft in the target's own pass, with a LoRA draft trained with masked anchors; an
+    `AutoWidth` chooses that by itself. logit_mask: booleans [vocab_size] or [prompts, vocab_size], true where a token
+    may come.
 
     temperature: 0 is greedy; above, tokens are drawn from the target's softmax after mask, temperature, top_k and
     top_p, in this order. seed: one entry a prompt, or that of the first, and the next prompt has the next. What is
@@ -120,6 +124,7 @@ def generate(
         rule=rule,
         draft_choice=draft_choice,
         tree_nodes=tree_nodes,
+        one_pass=one_pass,
         samples=samples,
         logit_mask=logit_mask,
         stop_strings=stop_strings,
@@ -139,7 +144,7 @@ class Stream:
         self,
         target: Decoder,
         prompts: Sequence[Ids] | npt.NDArray[np.integer],
-        draft: DFlashDraft | Drafter | None = None,
+        draft: DFlashDraft | LoRADraft | Drafter | None = None,
         max_new_tokens: int | np.integer | Ids = 128,
         stop_token_ids: Ids | Sequence[Ids] = (),
         draft_tokens: int | AutoWidth | None = None,
@@ -151,6 +156,7 @@ class Stream:
         rule: str = "match",
         draft_choice: str = "argmax",
         tree_nodes: int | None = None,
+        one_pass: bool = False,
         samples: int = 1,
         logit_mask: npt.ArrayLike | None = None,
         stop_strings: Sequence[str] = (),
@@ -158,11 +164,12 @@ class Stream:
         rounds_a_step: int = 1,
     ) -> None:
         check_sampling(temperature, top_k, top_p, rule, draft_choice, samples)
-        self._drafter = DFlashDrafter(draft) if isinstance(draft, DFlashDraft) else draft
+        self._drafter = drafter_of(draft)
         check_models(target, self._drafter)
         width = check_draft_tokens(self._drafter, draft_tokens)
         check_tree(target.config.vocab_size, width, tree_nodes, rule, draft_choice)
         check_rule(width, rule, draft_choice)
+        check_one_pass(self._drafter, width, tree_nodes, one_pass)
         rows = [integers(f"prompt {i}", prompt) for i, prompt in enumerate(prompts)]
         new_tokens, stops = per_prompt(len(rows), max_new_tokens, stop_token_ids)
         seeds = check_seeds(len(rows), samples, seed)
@@ -176,7 +183,9 @@ class Stream:
         check_meshes(*self._flat)
         self._rounds_a_step = rounds_a_step
         self._auto = width if isinstance(width, AutoWidth) else None
-        self._drafting = PLAIN if isinstance(width, AutoWidth) else Drafting(width, tree_nodes or 0, rule, draft_choice)
+        self._drafting = PLAIN
+        if not isinstance(width, AutoWidth):
+            self._drafting = Drafting(width, tree_nodes or 0, rule, draft_choice, one_pass)
         self._progress: _Progress | None = None
         self._round = 0
         self._drafted: list[Drafting] = []  # of every round of the loop
@@ -291,7 +300,8 @@ class Stream:
 
     def _start(self, auto: AutoWidth, block_size: int, draft_choice: str) -> Choice:
         """The choices of this call, whose times are measured first unless an equal call was."""
-        options = auto.options(block_size, self._target.config.vocab_size, draft_choice)
+        one_pass = one_pass_drafter(self._drafter) is not None
+        options = auto.options(block_size, self._target.config.vocab_size, draft_choice, one_pass)
         structures = [flat.structure for flat in self._flat] + [jax.tree.structure(self._batch.sampling)]
         setting = self._batch.rows, self._batch.capacity, self._mesh, *structures  # but for the drafts
         return auto.start(auto.times(options, setting, self._measure))

@@ -12,13 +12,14 @@ import numpy.typing as npt
 from jax.sharding import NamedSharding
 
 from specjax.decoding.auto_width import AutoWidth
-from specjax.decoding.drafter import DFlashDrafter, Drafter
+from specjax.decoding.drafter import DFlashDrafter, Drafter, LoRADrafter, one_pass_drafter
 from specjax.decoding.flat import Flat
 from specjax.decoding.tree import MOST_TREE_NODES
 from specjax.decoding.verify import DRAFT_CHOICES, RULES
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashConfig, target_mismatches
+from specjax.models.lora_draft import LoRADraftConfig, lora_target_mismatches
 from specjax.models.sharding import mesh_scope
 
 LEAST_TEMPERATURE = 1e-5  # logits divided by less may overflow
@@ -157,11 +158,14 @@ def check_models(target: Decoder, drafter: Drafter | None) -> None:
         raise InputError(
             "the target is bidirectional (causal=False) and cannot verify tokens; give an autoregressive one"
         )
+    problems = []
     if isinstance(drafter, DFlashDrafter):
         problems = target_mismatches(drafter.model.config, target.config)
-        if problems:
-            wrong = "; ".join(problems)
-            raise InputError(f"the draft does not fit the target: {wrong}; use the target it was trained for")
+    elif isinstance(drafter, LoRADrafter):
+        problems = lora_target_mismatches(drafter.model, target.config)
+    if problems:
+        wrong = "; ".join(problems)
+        raise InputError(f"the draft does not fit the target: {wrong}; use the target it was trained for")
 
 
 def check_meshes(target: Flat[Decoder], drafter: Flat[Drafter | None]) -> None:
@@ -185,7 +189,9 @@ def _shown(axes: Mapping[str, int], devices: Iterable[jax.Device]) -> str:
     return f"{sizes} of devices {reprlib.repr(sorted(device.id for device in devices))}"
 
 
-def check_draft_tokens(drafter: Drafter | DFlashConfig | None, draft_tokens: int | AutoWidth | None) -> int | AutoWidth:
+def check_draft_tokens(
+    drafter: Drafter | DFlashConfig | LoRADraftConfig | None, draft_tokens: int | AutoWidth | None
+) -> int | AutoWidth:
     """Drafts to verify a round. drafter: what has a block size, or None."""
     if drafter is None:
         if draft_tokens is not None:
@@ -245,4 +251,30 @@ def check_tree(
         raise InputError(
             f"tree_nodes is {tree_nodes!r}; give {draft_tokens} (the drafts of a round, which it holds) to {most}, "
             "or lower draft_tokens"
+        )
+
+
+def check_one_pass(
+    drafter: Drafter | DFlashConfig | LoRADraftConfig | None,
+    draft_tokens: int | AutoWidth,
+    tree_nodes: int | None,
+    one_pass: bool,
+) -> None:
+    """Raises InputError where a draft cannot draft in the target's own pass, and where something else chooses that."""
+    if not one_pass:
+        return
+    if drafter is None:
+        raise InputError("one_pass is set, but there is no draft; give one or leave one_pass out")
+    if isinstance(draft_tokens, AutoWidth):
+        raise InputError("one_pass is set, but draft_tokens is auto, which tries it by itself; leave one of them out")
+    if tree_nodes is not None:
+        raise InputError(f"one_pass drafts a chain, but tree_nodes is {tree_nodes}; leave one of them out")
+    if isinstance(drafter, LoRADraftConfig):
+        able = drafter.masked_anchor > 0
+    else:
+        able = not isinstance(drafter, DFlashConfig) and one_pass_drafter(drafter) is not None
+    if not able:
+        raise InputError(
+            "one_pass is set, but the draft was not trained with masked anchors; train a LoRA draft with "
+            "lora.masked_anchor above 0, or leave one_pass out"
         )

@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.decoding.drafter import Drafter
+from specjax.decoding.drafter import Drafter, Seen, one_pass_drafter
 from specjax.decoding.flat import Flat, whole
 from specjax.decoding.sampling import Sampling, choose, masked
-from specjax.decoding.target_pass import Verified, verify_chain, verify_tree
+from specjax.decoding.target_pass import Verified, verify_and_draft, verify_chain, verify_tree
 from specjax.decoding.tree import draft_tree
 from specjax.decoding.verify import propose
 from specjax.models.decoder import Decoder
@@ -91,13 +91,11 @@ def prefill(
     """
     target, drafter = whole(target), whole(drafter)
     b, bucket = prompts_bt.shape
-    config = target.config
-    shape = config.num_hidden_layers, b, config.num_key_value_heads, capacity, config.head_dim
     last = jnp.maximum(prompt_length_b - 1, 0)
     carry = (
-        KVCache.create(*shape, target.dtype),
-        None if drafter is None else drafter.init(b, capacity),
-        jnp.zeros((b, 1, config.hidden_size), target.dtype, out_sharding=SPECS.act_btd),
+        target.empty_cache(b, capacity),
+        None if drafter is None else drafter.init(target, b, capacity),
+        jnp.zeros((b, 1, target.config.hidden_size), target.dtype, out_sharding=SPECS.act_btd),
     )
     size = min(bucket, chunk)
 
@@ -108,7 +106,7 @@ def prefill(
         positions = _positions(jnp.zeros_like(last) + first, size)
         output = target(tokens, positions, cache=cache, tap_ids=drafter.tap_ids if drafter else ())
         if drafter is not None:
-            drafter_state = drafter.observe(drafter_state, output.taps, positions, positions)
+            drafter_state = drafter.observe(drafter_state, target, Seen(tokens, output.taps, positions, positions))
         assert output.cache is not None
         at = last - first
         picked = jax.vmap(lambda rows, i: rows[i])(output.hidden, jnp.clip(at, 0, size - 1))
@@ -137,13 +135,15 @@ class Drafting:
     """What a round drafts, and how it is verified; static.
 
     draft_tokens: the length of the chain, or the depth of the tree; 0 decodes autoregressively. tree_nodes: drafts of a
-    tree; 0: a chain. rule, draft_choice: see `verify`; a tree is verified by `match`.
+    tree; 0: a chain. rule, draft_choice: see `verify`; a tree is verified by `match`. one_pass: a chain's drafts come
+    from the pass that verified the round before, see `models.one_pass`; of a `OnePassDrafter`.
     """
 
     draft_tokens: int
     tree_nodes: int = 0
     rule: str = "match"
     draft_choice: str = "argmax"
+    one_pass: bool = False
 
 
 PLAIN = Drafting(0)
@@ -158,11 +158,14 @@ def decode_round(
     *,
     drafting: Drafting,
 ) -> DecodeState:
-    """One round: draft, verify the drafts in one target pass, commit what was kept plus one."""
+    """One round: draft, verify the drafts in one target pass, commit what was kept plus one.
+
+    With `one_pass` the drafter's state holds the drafts of rows that are not done, and then those of the next round.
+    """
     state, verified = _round(target, drafter, state, limits, sampling, drafting)
     if drafter is None:
         return state
-    return replace(state, drafter=drafter.observe(state.drafter, verified.taps, verified.positions, verified.slots))
+    return replace(state, drafter=drafter.observe(state.drafter, target, verified.seen))
 
 
 @partial(jax.jit, static_argnames=("drafting",), donate_argnames=("state",))
@@ -178,7 +181,8 @@ def decode(
 ) -> DecodeState:
     """Rounds until every row is done or `until` (int32 scalar) rounds were run since the prefill. `state` is donated.
 
-    With a drafter and no drafts the drafter still takes in every token, many at a time.
+    With a drafter and no drafts the drafter still takes in every token, many at a time. With `one_pass`, a pass of the
+    drafter alone comes first where its state holds no drafts for where rows stand: after the prefill and other rounds.
     """
     target, drafter = whole(target), whole(drafter)
 
@@ -198,18 +202,32 @@ def decode(
             state, taps = carry
             index = state.round - first
             state, verified = _round(target, drafter, state, limits, sampling, drafting)
-            assert verified.taps is not None
-            return state, jax.lax.dynamic_update_slice_in_dim(taps, verified.taps, index, axis=1)
+            if verified.seen.taps is None:
+                return state, taps
+            return state, jax.lax.dynamic_update_slice_in_dim(taps, verified.seen.taps, index, axis=1)
 
         width = len(drafter.tap_ids) * target.config.hidden_size
         taps = jnp.zeros((len(start), TAPS_BUFFER, width), target.dtype, out_sharding=SPECS.act_btd)
         state, taps = jax.lax.while_loop(lambda carry: unfinished(carry[0], end), plain_round, (state, taps))
         positions = _positions(start, TAPS_BUFFER)
         slots = jnp.where(positions < state.length[:, None], positions, state.tokens.shape[1])
-        return replace(state, drafter=drafter.observe(state.drafter, taps, positions, slots))
+        tokens = jax.vmap(lambda row, at: row.at[at].get(mode="clip"))(state.tokens, positions)
+        seen = Seen(tokens, taps if drafter.tap_ids else None, positions, slots)
+        return replace(state, drafter=drafter.observe(state.drafter, target, seen))
 
-    deferred = drafter is not None and not drafting.draft_tokens and bool(drafter.tap_ids)
+    if drafting.one_pass:
+        state = _with_drafts(target, drafter, state)
+    deferred = drafter is not None and not drafting.draft_tokens
     return jax.lax.while_loop(unfinished, plain_rounds if deferred else round_of_drafts, state)
+
+
+def _with_drafts(target: Decoder, drafter: Drafter | None, state: DecodeState) -> DecodeState:
+    """The state with blocks that were drafted ahead for where its rows stand."""
+    ahead = one_pass_drafter(drafter)
+    assert ahead is not None
+    held = (state.drafter.length == state.length) | state.done
+    draft = partial(ahead.draft_ahead, target, state.cache, state.length)
+    return replace(state, drafter=jax.lax.cond(held.all(), lambda: state.drafter, draft))
 
 
 def _round(
@@ -223,9 +241,12 @@ def _round(
     """A round that the drafter has not taken in yet."""
     known, length, done = _token_at(state.tokens, state.length), state.length, state.done
     tap_ids = drafter.tap_ids if drafter is not None else ()
-    block, logits = known[:, None], None
-    if drafter is not None and drafting.draft_tokens:
-        logits = drafter.draft_logits(state.drafter, target, known, length, drafting.draft_tokens)
+    block, logits, drafter_state = known[:, None], None, state.drafter
+    ahead = one_pass_drafter(drafter) if drafting.one_pass else None
+    if ahead is not None:
+        logits = ahead.ahead_logits(state.drafter, target, drafting.draft_tokens)
+    elif drafter is not None and drafting.draft_tokens:
+        logits = drafter.draft_logits(state.drafter, target, state.cache, known, length, drafting.draft_tokens)
     if logits is not None and drafting.tree_nodes:
         tree = draft_tree(known, masked(logits, sampling), drafting.tree_nodes)
         verified = verify_tree(target, tap_ids, tree, length, done, state.cache, sampling)
@@ -235,11 +256,16 @@ def _round(
             drafts = propose(logits, length, sampling, rule=rule, draft_choice=choice)
             block = jnp.concatenate([block, drafts], axis=1)
         law = logits if drafting.draft_choice == "sample" else None
-        verified = verify_chain(target, tap_ids, block, law, length, done, state.cache, sampling, drafting.rule)
+        how = block, law, length, done, state.cache, sampling, drafting.rule
+        if ahead is not None:
+            verified, drafter_state = verify_and_draft(target, ahead, *how)
+        else:
+            verified = verify_chain(target, tap_ids, *how)
     advanced = jnp.where(done, 0, verified.matched + 1)
     rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
     finite = state.finite & (done | verified.finite)
-    state = replace(state, cache=verified.cache, rounds=rounds, round=state.round + 1, finite=finite)
+    round_ = state.round + 1
+    state = replace(state, cache=verified.cache, drafter=drafter_state, rounds=rounds, round=round_, finite=finite)
     return _commit(state, limits, verified.tokens, verified.matched), verified
 
 

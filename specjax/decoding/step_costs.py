@@ -13,11 +13,11 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from specjax.decoding.batch import Batch
-from specjax.decoding.drafter import Drafter
+from specjax.decoding.drafter import Drafter, one_pass_drafter
 from specjax.decoding.flat import Flat, whole
 from specjax.decoding.loop import PLAIN, DecodeState, Drafting
 from specjax.decoding.sampling import Sampling
-from specjax.decoding.target_pass import Verified, verify_chain, verify_tree
+from specjax.decoding.target_pass import Verified, verify_and_draft, verify_chain, verify_tree
 from specjax.decoding.tree import DraftTree, draft_tree
 from specjax.decoding.verify import propose
 from specjax.models.decoder import Decoder
@@ -43,7 +43,8 @@ def round_seconds(target: Decoder, drafter: Drafter, batch: Batch, drafting: Dra
     them, and what a draft adds to it.
 
     The pass is the decoder's own, `verify_chain` or `verify_tree`, with what it writes into the caches. Drafting is the
-    drafter's pass, the choice of drafts, building the tree, and taking in the taps. A round of the decoder also commits
+    drafter's pass, or with `one_pass` what its blocks add to the target's, the choice of drafts, building the tree, and
+    taking in what the target has run. A round of the decoder also commits
     tokens, and counts. The program's start is included, once in `ROUNDS`; compiling is not, of the second call.
 
     A draft is measured in turn with verify passes, as in decoding: alone in a loop, a small draft's weights would stay
@@ -112,8 +113,12 @@ def _draft_and_verify(
 ) -> DecodeState:
     """A round without its bookkeeping: nothing is committed."""
     assert drafter is not None
-    known, tap_ids = state.tokens[:, 0], drafter.tap_ids
-    logits = drafter.draft_logits(state.drafter, target, known, state.length, drafting.draft_tokens)
+    known, tap_ids, drafter_state = state.tokens[:, 0], drafter.tap_ids, state.drafter
+    ahead = one_pass_drafter(drafter) if drafting.one_pass else None
+    if ahead is not None:
+        logits = ahead.ahead_logits(drafter_state, target, drafting.draft_tokens)
+    else:
+        logits = drafter.draft_logits(drafter_state, target, state.cache, known, state.length, drafting.draft_tokens)
     if drafting.tree_nodes:
         tree = draft_tree(known, logits, drafting.tree_nodes)
         verified = verify_tree(target, tap_ids, tree, *_rows(state), sampling)
@@ -122,8 +127,12 @@ def _draft_and_verify(
         drafts = propose(logits, state.length, sampling, rule=rule, draft_choice=choice)
         block = jnp.concatenate([known[:, None], drafts], axis=1)
         law = logits if choice == "sample" else None
-        verified = verify_chain(target, tap_ids, block, law, *_rows(state), sampling, rule)
-    observed = drafter.observe(state.drafter, verified.taps, verified.positions, verified.slots)
+        how = block, law, *_rows(state), sampling, rule
+        if ahead is not None:
+            verified, drafter_state = verify_and_draft(target, ahead, *how)
+        else:
+            verified = verify_chain(target, tap_ids, *how)
+    observed = drafter.observe(drafter_state, target, verified.seen)
     return dataclasses.replace(_fed_back(state, verified), drafter=observed)
 
 

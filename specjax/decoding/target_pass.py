@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from specjax.decoding.drafter import Ahead, OnePassDrafter, Seen
 from specjax.decoding.sampling import Sampling, choose
 from specjax.decoding.tree import DraftTree, pick
 from specjax.decoding.verify import verify
@@ -18,17 +19,15 @@ class Verified(NamedTuple):
     """What a pass found, for b rows.
 
     tokens: [b, t] int32, of which the first matched + 1 follow the known token. matched: [b] int32, drafts taken.
-    cache: the target's, with what was taken. finite: [b] bool, whether the hidden states were. taps, positions, slots:
-    what a drafter observes, [b, t, m] (None without taps) and [b, t].
+    cache: the target's, with what was taken. finite: [b] bool, whether the hidden states were. seen: what a drafter
+    observes, the known token and those but the last.
     """
 
     tokens: jax.Array
     matched: jax.Array
     cache: KVCache
     finite: jax.Array
-    taps: jax.Array | None
-    positions: jax.Array
-    slots: jax.Array
+    seen: Seen
 
 
 def verify_chain(
@@ -47,13 +46,34 @@ def verify_chain(
     Keys and values of all are written, none where a row is done; those of refused drafts are overwritten by the next
     pass before a query can see them.
     """
-    positions = length_b[:, None] + jnp.arange(block_bt.shape[1], dtype=jnp.int32)
-    slots = jnp.where(done_b[:, None], cache.capacity, positions)
+    positions, slots = _of_chain(block_bt, length_b, done_b, cache)
     output = target(block_bt, positions, cache=cache, slots_bt=slots, tap_ids=tap_ids)
     assert output.cache is not None
     logits = target.logits(output.hidden)
     tokens, matched = verify(logits, block_bt[:, 1:], draft_logits_bnv, length_b, sampling, rule=rule)
-    return Verified(tokens, matched, output.cache, _finite(output.hidden), output.taps, positions, slots)
+    seen = Seen(_known_first(block_bt, tokens), output.taps, positions, slots)
+    return Verified(tokens, matched, output.cache, _finite(output.hidden), seen)
+
+
+def verify_and_draft(
+    target: Decoder,
+    drafter: OnePassDrafter,
+    block_bt: jax.Array,
+    draft_logits_bnv: jax.Array | None,
+    length_b: jax.Array,
+    done_b: jax.Array,
+    cache: KVCache,
+    sampling: Sampling | None,
+    rule: str,
+) -> tuple[Verified, Ahead]:
+    """`verify_chain`, and from the same pass the blocks that follow what it keeps."""
+    positions, slots = _of_chain(block_bt, length_b, done_b, cache)
+    output = drafter.run_one_pass(target, block_bt, length_b, slots, cache)
+    logits = target.logits(output.hidden)
+    tokens, matched = verify(logits, block_bt[:, 1:], draft_logits_bnv, length_b, sampling, rule=rule)
+    seen = Seen(_known_first(block_bt, tokens), None, positions, slots)
+    verified = Verified(tokens, matched, output.cache, _finite(output.hidden), seen)
+    return verified, Ahead(pick(output.blocks, matched[:, None])[:, 0], length_b + matched + 1)
 
 
 def verify_tree(
@@ -83,7 +103,22 @@ def verify_tree(
     for layer, (keys, values) in enumerate(zip(output.cache.keys, output.cache.values, strict=True)):
         cache = cache.write(layer, _along(keys, path), _along(values, path), slots)
     taps = None if output.taps is None else pick(output.taps, path)
-    return Verified(pick(choices, path), matched, cache, _finite(output.hidden), taps, path_positions, slots)
+    tokens = pick(choices, path)
+    seen = Seen(_known_first(tree.tokens, tokens), taps, path_positions, slots)
+    return Verified(tokens, matched, cache, _finite(output.hidden), seen)
+
+
+def _of_chain(
+    block_bt: jax.Array, length_b: jax.Array, done_b: jax.Array, cache: KVCache
+) -> tuple[jax.Array, jax.Array]:
+    """Positions and slots [b, t]."""
+    positions = length_b[:, None] + jnp.arange(block_bt.shape[1], dtype=jnp.int32)
+    return positions, jnp.where(done_b[:, None], cache.capacity, positions)
+
+
+def _known_first(block_bt: jax.Array, tokens_bt: jax.Array) -> jax.Array:
+    """The known token, which is the block's first, and the tokens that follow it, but the last."""
+    return jnp.concatenate([block_bt[:, :1], tokens_bt[:, :-1]], axis=1)
 
 
 def _finite(hidden_btd: jax.Array) -> jax.Array:

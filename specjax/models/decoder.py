@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax.models.attention import DEFAULT_QUERY_CHUNK, KeySegment, attention
-from specjax.models.kv_cache import KVCache
+from specjax.models.kv_cache import KVCache, write_slots
 from specjax.models.layers import (
     MLP,
     NO_ADAPTERS,
@@ -81,6 +81,11 @@ class DecoderConfig:
         names = BlockConfig.__dataclass_fields__
         return BlockConfig(**{name: getattr(self, name) for name in names})
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Tokens that each layer sees up to and with its own; None: all."""
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
 
 def check_heads(num_attention_heads: int, num_key_value_heads: int) -> None:
     """Raises ValueError unless every key/value head serves the same number of query heads."""
@@ -124,7 +129,8 @@ def check_layer_types(layer_types: tuple[str, ...], num_layers: int, sliding_win
 class DecoderOutput(NamedTuple):
     """hidden: [b, t, d] after the final norm; taps: [b, t, m], the tapped layers' outputs side by side.
 
-    cache: the one given, with the tokens written to it; of a tree the nodes' own keys and values, slot i being node i.
+    cache: the one given, with the tokens written to it; of a tree the nodes' own keys and values, slot i being node i;
+    with `keep_keys` the tokens' own.
     """
 
     hidden: jax.Array
@@ -248,6 +254,7 @@ class Decoder(nnx.Module):
         adapted_bt: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
         tap_ids: tuple[int, ...] = (),
+        keep_keys: bool = False,
         remat: bool = False,
         query_chunk: int = DEFAULT_QUERY_CHUNK,
     ) -> DecoderOutput:
@@ -256,7 +263,8 @@ class Decoder(nnx.Module):
         Without a cache, token i of a row occupies slot i; `document_start_bt` [b, t] names the first slot of each
         token's document (packed rows; default 0) and positions count from there. With a cache, keys are written at
         `slots_bt` (default: the positions; a slot outside the cache is not written) and a query at position p sees
-        the cache's slots up to p. `remat` recomputes each layer in the backward pass.
+        the cache's slots up to p. `keep_keys`: return the tokens' keys and values where there is no cache to write to.
+        `remat` recomputes each layer in the backward pass.
 
         With a cache and `tree_btt` [b, t, t] bool, the tokens are the nodes of a tree that continues the cached ones:
         node 0 is the root, a node's position is the root's plus its depth, and node i sees the slots before the root
@@ -286,19 +294,22 @@ class Decoder(nnx.Module):
         document_start_bt, positions_bt = (jax.reshard(x, SPECS.act_bt) for x in (document_start_bt, positions_bt))
         query_slots = index if cache is None else positions_bt
         slots_bt = query_slots if slots_bt is None else jax.reshard(slots_bt, SPECS.act_bt)
-        config = self.config
-        rotary = rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions_bt)
+        rotary = self.rotary(positions_bt)
         x = self.embed(tokens_bt)
         applied = self._applied(adapters, adapted_bt, dropout_key)
         taps: dict[int, jax.Array] = {}
+        keys_values: list[tuple[jax.Array, jax.Array]] = []
         for i, (layer, layer_adapters) in enumerate(zip(self.layers, applied, strict=True)):
             start, stop = self._visible(i, document_start_bt, query_slots, t if cache is None else cache.capacity)
-            step = _layer_step if not remat else jax.checkpoint(_layer_step, static_argnums=(6, 8))
-            x, cache = step(layer, x, rotary, start, stop, cache, i, slots_bt, query_chunk, tree_btt, layer_adapters)
+            step = _layer_step if not remat else jax.checkpoint(_layer_step, static_argnums=(7,))
+            cached = None if cache is None else (cache.keys[i], cache.values[i])
+            x, kept = step(layer, x, rotary, start, stop, cached, slots_bt, query_chunk, tree_btt, layer_adapters)
+            keys_values.append(kept)
             if i in tap_ids:
                 taps[i] = x
         concatenated = jnp.concatenate([taps[i] for i in tap_ids], axis=-1) if tap_ids else None
-        return DecoderOutput(self.norm(x), concatenated, cache)
+        kept_all = None if cache is None and not keep_keys else KVCache(*map(tuple, zip(*keys_values, strict=True)))
+        return DecoderOutput(self.norm(x), concatenated, kept_all)
 
     def _applied(
         self, adapters: LoRAAdapters | None, adapted_bt: jax.Array | None, dropout_key: jax.Array | None
@@ -316,10 +327,20 @@ class Decoder(nnx.Module):
         self, layer: int, document_start: jax.Array, slots: jax.Array, num_keys: int
     ) -> tuple[jax.Array, jax.Array]:
         """Range of key slots each query of the layer sees."""
-        config, start = self.config, document_start
-        if config.layer_types[layer] == "sliding_attention" and config.sliding_window is not None:
-            start = jnp.maximum(start, slots - config.sliding_window + 1)
-        return start, slots + 1 if config.causal else jnp.full_like(slots, num_keys)
+        start, window = document_start, self.config.windows[layer]
+        if window is not None:
+            start = jnp.maximum(start, slots - window + 1)
+        return start, slots + 1 if self.config.causal else jnp.full_like(slots, num_keys)
+
+    def empty_cache(self, rows: int, capacity: int) -> KVCache:
+        """A cache for `rows` rows of `capacity` tokens."""
+        c = self.config
+        return KVCache.create(c.num_hidden_layers, rows, c.num_key_value_heads, capacity, c.head_dim, self.dtype)
+
+    def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tables (cos, sin), each [..., h / 2]."""
+        config = self.config
+        return rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """tokens [b, ...] -> [b, ..., d]."""
@@ -347,32 +368,31 @@ def _layer_step(
     rotary: tuple[jax.Array, jax.Array],
     start_bt: jax.Array,
     stop_bt: jax.Array,
-    cache: KVCache | None,
-    index: int,
+    cached: tuple[jax.Array, jax.Array] | None,
     slots_bt: jax.Array,
     query_chunk: int,
     tree_btt: jax.Array | None,
     adapters: LayerAdapters,
-) -> tuple[jax.Array, KVCache | None]:
-    """One layer: writes its keys to the cache (if any), or keeps those of a tree apart; attends, applies the MLP."""
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One layer: attends, applies the MLP; returns also its keys and values, those cached with the tokens' written to
+    them, or without a cache and of a tree the tokens' own."""
     attn = layer.self_attn
     normed = layer.input_layernorm(x_btd)
     queries = attn.queries(normed, rotary, adapters)
     keys, values = attn.keys_values(normed, rotary, adapters)
     start, stop = start_bt[:, None], stop_bt[:, None]
+    kept = keys, values
     if tree_btt is not None:
-        assert cache is not None
+        assert cached is not None
         root = jnp.broadcast_to(slots_bt[:, None, :1], start.shape)
         nodes = tree_btt & (start_bt[:, :, None] <= slots_bt[:, None, :])
         segments = [
-            KeySegment(cache.keys[index], cache.values[index], start, root),
+            KeySegment(*cached, start, root),
             KeySegment(keys[:, None], values[:, None], 0 * start, 0 * start + keys.shape[2], nodes[:, None]),
         ]
-        cache = cache.replace(index, keys, values)
     else:
-        if cache is not None:
-            cache = cache.write(index, keys, values, slots_bt)
-            keys, values = cache.keys[index], cache.values[index]
-        segments = [KeySegment(keys, values, start, stop)]
+        if cached is not None:
+            kept = write_slots(cached[0], keys, slots_bt), write_slots(cached[1], values, slots_bt)
+        segments = [KeySegment(*kept, start, stop)]
     attended = attention(queries[:, None], segments, scale=attn.head_dim**-0.5, query_chunk=query_chunk)
-    return layer.residual(x_btd, attended[:, 0], adapters), cache
+    return layer.residual(x_btd, attended[:, 0], adapters), kept

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from specjax.models.attention import DEFAULT_QUERY_CHUNK, KeySegment, attention
+from specjax.models.attention import DEFAULT_QUERY_CHUNK
+from specjax.models.block_stream import ContextKV, Ranges, embed_noise, run_blocks, visible_ranges
 from specjax.models.decoder import BlockConfig, Decoder, DecoderConfig, DecoderLayer, check_heads, check_layer_types
 from specjax.models.layers import Linear, RMSNorm, RopeConfig, rotary_tables
 from specjax.models.sharding import SPECS
-
-ContextKV = tuple[tuple[jax.Array, jax.Array], ...]
 
 TOKEN_ID_LIMIT = 2**31  # they are int32
 
@@ -196,17 +195,8 @@ class DFlashDraft(nnx.Module):
         self.mask_embedding = nnx.Param(mask) if config.own_mask_embedding else None
 
     def embed_noise(self, target: Decoder, noise_ids: jax.Array) -> jax.Array:
-        """Embeds the slots of blocks, ids [b, ...] int32 -> [b, ..., d], for training, evaluation and decoding alike.
-
-        With a mask embedding of the draft's own, the target's table is never asked for MASK.
-        """
-        if self.mask_embedding is None:
-            return target.embed(noise_ids)
-        masked = noise_ids == self.config.mask_token_id
-        embedded = target.embed(jnp.where(masked, 0, noise_ids))
-        row = self.mask_embedding[...]
-        # Chosen in the parameter's dtype, so that its gradient is summed over the slots in that.
-        return jnp.where(masked[..., None], row, embedded.astype(row.dtype)).astype(embedded.dtype)
+        """Embeds the slots of blocks, ids [b, ...] int32 -> [b, ..., d]; see `block_stream.embed_noise`."""
+        return embed_noise(target, noise_ids, self.config.mask_token_id, self.mask_embedding)
 
     def context(self, taps_btm: jax.Array) -> jax.Array:
         """Fuses the target's tapped hidden states [b, t, m] into the context [b, t, d]."""
@@ -233,59 +223,29 @@ class DFlashDraft(nnx.Module):
         strictly before the anchor, whose hidden state does not exist at inference. Slot k of a block has
         position stop - start + k.
         """
-        b, blocks, size, d = noise_bNBd.shape
         start_bN, stop_bN = (jax.reshard(x, SPECS.act_bN) for x in (start_bN, stop_bN))
-        offsets = jnp.arange(size, dtype=jnp.int32)
-        positions = (stop_bN - start_bN)[..., None] + offsets
-        rotary = self.rotary(positions.reshape(b, blocks * size))
-        x = noise_bNBd.reshape(b, blocks * size, d)
-        for layer, kind, kv in zip(self.layers, self.config.layer_types, context_kv, strict=True):
-            ranges = self.visible(kind, start_bN, stop_bN, size)
-            step = jax.checkpoint(_draft_layer_step, static_argnums=(5,)) if remat else _draft_layer_step
-            x = step(layer, x, rotary, kv, ranges, query_chunk)
-        return self.norm(x).reshape(b, blocks, size, d)
+        size = noise_bNBd.shape[2]
+        ranges = [self.visible(kind, start_bN, stop_bN, size) for kind in self.config.layer_types]
+        x = run_blocks(
+            self.layers,
+            noise_bNBd,
+            context_kv,
+            ranges,
+            self.rotary,
+            start_bN,
+            stop_bN,
+            remat=remat,
+            query_chunk=query_chunk,
+        )
+        return self.norm(x)
 
-    def visible(
-        self, kind: str, start_bN: jax.Array, stop_bN: jax.Array, size: int
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Visible context range and own-block range of every slot, in a layer of `kind`, each [b, N, B]."""
-        k = jnp.arange(size, dtype=jnp.int32)
-        start, stop = start_bN[..., None] + 0 * k, stop_bN[..., None] + 0 * k
-        own_start, own_stop = jnp.zeros_like(start), jnp.full_like(start, size)
-        window = self.config.sliding_window
-        if kind == "sliding_attention" and window is not None:
-            start = jnp.maximum(start, stop + k - window + 1)
-            own_start = own_start + jnp.maximum(0, k - window + 1)
-            if self.config.sliding_causal:
-                own_stop = jnp.zeros_like(start) + k + 1
-        return start, stop, own_start, own_stop
+    def visible(self, kind: str, start_bN: jax.Array, stop_bN: jax.Array, size: int) -> Ranges:
+        """What every slot sees in a layer of `kind`."""
+        sliding = kind == "sliding_attention"
+        window = self.config.sliding_window if sliding else None
+        return visible_ranges(start_bN, stop_bN, size, window, causal=sliding and self.config.sliding_causal)
 
     def rotary(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Tables (cos, sin), each [..., h / 2], of the draft's own rotary embedding."""
         config = self.config
         return rotary_tables(config.rope, config.head_dim, config.max_position_embeddings, positions)
-
-
-def _draft_layer_step(
-    layer: DecoderLayer,
-    x_btd: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
-    context_kv: tuple[jax.Array, jax.Array],
-    ranges: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    query_chunk: int,
-) -> jax.Array:
-    start, stop, own_start, own_stop = ranges
-    b, blocks, size = start.shape
-    attn = layer.self_attn
-    normed = layer.input_layernorm(x_btd)
-    queries = attn.queries(normed, rotary)
-    own_keys, own_values = (
-        kv.reshape(b, kv.shape[1], blocks, size, -1).swapaxes(1, 2) for kv in attn.keys_values(normed, rotary)
-    )
-    segments = [
-        KeySegment(*context_kv, start, stop),
-        KeySegment(own_keys, own_values, own_start, own_stop),
-    ]
-    queries = queries.reshape(b, blocks, size, *queries.shape[2:])
-    attended = attention(queries, segments, scale=attn.head_dim**-0.5, query_chunk=query_chunk)
-    return layer.residual(x_btd, attended.reshape(b, blocks * size, *attended.shape[3:]))

@@ -46,16 +46,14 @@ class KVCache:
 
     def write(self, layer: int, keys: jax.Array, values: jax.Array, slots: jax.Array) -> KVCache:
         """Stores keys and values [b, k, t, h] at `slots` [b, t]; a slot outside the capacity is not written."""
-        return self.replace(layer, _scatter(self.keys[layer], keys, slots), _scatter(self.values[layer], values, slots))
-
-    def replace(self, layer: int, keys: jax.Array, values: jax.Array) -> KVCache:
-        """The cache with these keys and values [b, k, t, h] as all that the layer has."""
         new_keys, new_values = list(self.keys), list(self.values)
-        new_keys[layer], new_values[layer] = keys, values
+        new_keys[layer] = write_slots(self.keys[layer], keys, slots)
+        new_values[layer] = write_slots(self.values[layer], values, slots)
         return KVCache(tuple(new_keys), tuple(new_values))
 
 
-def _scatter(cache_bksh: jax.Array, new_bkth: jax.Array, slots_bt: jax.Array) -> jax.Array:
+def write_slots(cache_bksh: jax.Array, new_bkth: jax.Array, slots_bt: jax.Array) -> jax.Array:
+    """Keys or values of one layer with new ones at `slots_bt`; see `KVCache.write`."""
     # vmapped per row: compiles to no collective on any mesh, unlike an indexed update of the whole batch.
     # A negative slot is dropped like any other outside the cache, and does not count from the end.
     if slots_bt.shape[1] == 1:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.decoding import DFlashDrafter
+from specjax.decoding.drafter import Ahead, Drafter, OnePassDrafter, Seen, one_pass_drafter
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
+from specjax.models.one_pass import OnePass
 from specjax.models.sharding import SPECS, put
 from tests.decoding.trees import best_first, chain, follow
 
@@ -23,10 +25,10 @@ class Stateless:
     def tap_ids(self) -> tuple[int, ...]:
         return ()
 
-    def init(self, rows: int, capacity: int) -> None:
+    def init(self, target: Decoder, rows: int, capacity: int) -> None:
         return None
 
-    def observe(self, state: None, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array) -> None:
+    def observe(self, state: None, target: Decoder, seen: Seen) -> None:
         return None
 
 
@@ -47,8 +49,17 @@ class Oracle(Stateless):
         return jax.vmap(lambda row, at: row[at])(self.table, positions)
 
     def draft_logits(
-        self, state: None, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
+        self,
+        state: None,
+        target: Decoder,
+        cache: KVCache,
+        last_token_b: jax.Array,
+        length_b: jax.Array,
+        draft_tokens: int,
     ) -> jax.Array:
+        return self.logits(target, length_b, draft_tokens)
+
+    def logits(self, target: Decoder, length_b: jax.Array, draft_tokens: int) -> jax.Array:
         upcoming = self.upcoming(length_b, draft_tokens)
         logits = upcoming if upcoming.ndim == 3 else jax.nn.one_hot(upcoming, target.config.vocab_size)
         return jax.reshard(logits, SPECS.act_btv)
@@ -59,7 +70,7 @@ class Oracle(Stateless):
 class Mixture:
     """A drafter's own proposals, but the oracle's where `known` [b, positions]: so that many are accepted."""
 
-    inner: DFlashDrafter
+    inner: Drafter
     oracle: Oracle
     known: jax.Array
 
@@ -71,21 +82,49 @@ class Mixture:
     def tap_ids(self) -> tuple[int, ...]:
         return self.inner.tap_ids
 
-    def init(self, rows: int, capacity: int) -> KVCache:
-        return self.inner.init(rows, capacity)
+    def init(self, target: Decoder, rows: int, capacity: int) -> Any:
+        return self.inner.init(target, rows, capacity)
 
-    def observe(
-        self, state: KVCache, taps_btm: jax.Array | None, positions_bt: jax.Array, slots_bt: jax.Array
-    ) -> KVCache:
-        return self.inner.observe(state, taps_btm, positions_bt, slots_bt)
+    def observe(self, state: Any, target: Decoder, seen: Seen) -> Any:
+        return self.inner.observe(state, target, seen)
+
+    @property
+    def drafts_ahead(self) -> bool:
+        return one_pass_drafter(self.inner) is not None
+
+    def draft_ahead(self, target: Decoder, cache: KVCache, length_b: jax.Array) -> Ahead:
+        return self._ahead.draft_ahead(target, cache, length_b)
+
+    def run_one_pass(
+        self, target: Decoder, tokens_bt: jax.Array, length_b: jax.Array, slots_bt: jax.Array, cache: KVCache
+    ) -> OnePass:
+        return self._ahead.run_one_pass(target, tokens_bt, length_b, slots_bt, cache)
+
+    def ahead_logits(self, state: Ahead, target: Decoder, draft_tokens: int) -> jax.Array:
+        own = self._ahead.ahead_logits(state, target, draft_tokens)
+        return self._mixed(own, target, state.length, draft_tokens)
+
+    @property
+    def _ahead(self) -> OnePassDrafter:
+        inner = one_pass_drafter(self.inner)
+        assert inner is not None
+        return inner
 
     def draft_logits(
-        self, state: KVCache, target: Decoder, last_token_b: jax.Array, length_b: jax.Array, draft_tokens: int
+        self,
+        state: Any,
+        target: Decoder,
+        cache: KVCache,
+        last_token_b: jax.Array,
+        length_b: jax.Array,
+        draft_tokens: int,
     ) -> jax.Array:
-        arguments = target, last_token_b, length_b, draft_tokens
+        own = self.inner.draft_logits(state, target, cache, last_token_b, length_b, draft_tokens)
+        return self._mixed(own, target, length_b, draft_tokens)
+
+    def _mixed(self, own: jax.Array, target: Decoder, length_b: jax.Array, draft_tokens: int) -> jax.Array:
         known = Oracle(self.known, self.block_size).upcoming(length_b, draft_tokens)
-        own = self.inner.draft_logits(state, *arguments)
-        return jnp.where(known[..., None], self.oracle.draft_logits(None, *arguments), own)
+        return jnp.where(known[..., None], self.oracle.logits(target, length_b, draft_tokens), own)
 
 
 def proposals(

@@ -50,13 +50,14 @@ def test_a_width_may_change_and_drafts_recover_after_plain_rounds(case: Cases, m
 class Clock:
     """A machine and prompts of known costs and acceptance, to decode `tokens` tokens with what `Choice` says.
 
-    acceptance: of every position by the nodes of the tree, 0: of chains. seconds: as the machine was measured.
+    acceptance: of every position by the nodes of the tree, 0: of chains, and of chains of one pass. seconds: as the
+    machine was measured.
     """
 
     def __init__(
         self,
         seconds: dict[Drafting, float],
-        acceptance: list[float] | dict[int, list[float]],
+        acceptance: list[float] | dict[int | str, list[float]],
         at_most: int = 99,
     ):
         self.at_most, self.rng, self.auto = at_most, np.random.default_rng(0), AutoWidth()
@@ -66,7 +67,7 @@ class Clock:
     def rounds(self, drafting: Drafting, count: int) -> np.ndarray:
         passed = (
             self.rng.random((count, drafting.draft_tokens))
-            < self.acceptance[drafting.tree_nodes][: drafting.draft_tokens]
+            < self.acceptance["one pass" if drafting.one_pass else drafting.tree_nodes][: drafting.draft_tokens]
         )
         return 1 + np.cumprod(passed, axis=1).sum(axis=1, dtype=np.int64)
 
@@ -185,6 +186,38 @@ def test_a_tree_gives_way_to_the_chain_when_it_gains_nothing_more() -> None:
     assert clock.share(CHAINS[7], 100) > 0.7
 
 
+ONE_PASS = {width: Drafting(width, one_pass=True) for width in CHAINS}
+
+
+@pytest.mark.parametrize(
+    ("cost", "accepted", "best"),
+    [(1.1, 0.8, ONE_PASS[7]), (1.7, 0.8, CHAINS[7]), (1.1, 0.3, CHAINS[7]), (1.7, 0.95, ONE_PASS[7])],
+    ids=["cheaper", "not cheap enough", "worse drafts", "better drafts"],
+)
+@pytest.mark.parametrize("measured", [True, False], ids=["measured", "another text was measured"])
+def test_one_pass_is_taken_where_it_pays(cost: float, accepted: float, best: Drafting, measured: bool) -> None:
+    """Two passes accept 0.85 of every position, and cost 1.75."""
+    seconds = COSTS | {drafting: cost * (1 - 0.02 * (7 - width)) for width, drafting in ONE_PASS.items()}
+    truth: dict[int | str, list[float]] = {0: [0.85] * 7, "one pass": [accepted] * 7}
+    clock = Clock(seconds, truth if measured else {0: [0.3] * 7, "one pass": [0.3] * 7})
+    clock.measure()
+    clock.acceptance = truth
+    clock.decode(2000)
+    spent = sum(clock.decode(200) for _ in range(20))
+    tokens = 1 + np.cumprod(truth["one pass" if best.one_pass else 0]).sum()
+    assert spent < 1.15 * 4000 * seconds[best] / tokens
+    assert clock.share(best, 300) > 0.7
+
+
+def test_acceptance_in_one_pass_is_learned_apart() -> None:
+    auto = AutoWidth()
+    auto.saw(CHAINS[7], np.array([[8, 8, 8]]))
+    assert auto.expected_tokens(ONE_PASS[7]) is None
+    auto.saw(ONE_PASS[3], np.array([[1, 1, 1]]))
+    assert auto.expected_tokens(ONE_PASS[7]) == 1
+    assert auto.expected_tokens(CHAINS[7]) == auto.expected_tokens(LARGE) == pytest.approx(8)
+
+
 def test_what_is_chosen_from() -> None:
     def widths(block_size: int) -> list[int]:
         return [option.draft_tokens for option in AutoWidth().options(block_size, 1000)]
@@ -193,6 +226,8 @@ def test_what_is_chosen_from() -> None:
     plain, *chains = AutoWidth().options(8, 1000, "sample")
     assert plain == PLAIN
     assert {option.draft_choice for option in chains} == {"sample"}
+    two_and_one = [Drafting(width, draft_choice="sample", one_pass=one) for one in (False, True) for width in (1, 3, 7)]
+    assert AutoWidth().options(8, 1000, "sample", one_pass=True) == (PLAIN, *two_and_one)
     options = AutoWidth(trees=True).options(8, 30)  # a tree of more nodes than there are tokens cannot be built
     assert [(o.draft_tokens, o.tree_nodes) for o in options if o.tree_nodes] == [
         (3, 6),

@@ -33,7 +33,7 @@ class Rounds(NamedTuple):
 @jax.jit
 def propose(target: Decoder, drafter: DFlashDrafter, state: DecodeState) -> jax.Array:
     last = jax.vmap(lambda row, i: row[i])(state.tokens, state.length)
-    logits = drafter.draft_logits(state.drafter, target, last, state.length, drafter.block_size - 1)
+    logits = drafter.draft_logits(state.drafter, target, state.cache, last, state.length, drafter.block_size - 1)
     return jnp.argmax(logits, axis=-1)
 
 

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from specjax.decoding import DFlashDrafter, generate
+from specjax.decoding.drafter import LoRADrafter
 from specjax.models.sharding import SPECS, make_mesh, put
 from specjax.weights import flat_params, with_params
 from tests.decoding.oracle import Mixture, oracle, preferences, proposals
+from tests.decoding.test_lora_drafter import random_lora_draft
+from tests.decoding.test_one_pass import MASKED
 from tests.decoding.tiny import FULL, OWN_MASK, TARGET, Cases, assert_same_tokens, random_draft, random_target
 
 LIMITS = [40, 1, 24]
@@ -34,6 +37,10 @@ def test_three_prompts_decode_as_on_one_device(case: Cases, shape: tuple[int, in
         ranked = oracle(preferences(prompts, answers, 0, TARGET.vocab_size, rows), FULL.block_size)
         mixture = replace(mixture, oracle=ranked, known=known | True)
         results.append(generate(target, prompts, mixture, LIMITS, stops, tree_nodes=24))
+        one_pass = replace(
+            mixture, inner=LoRADrafter(random_lora_draft(0, MASKED)), oracle=oracle(table, 4), known=known
+        )
+        results.append(generate(target, prompts, one_pass, LIMITS, stops, one_pass=True))
     assert_same_tokens(one_device, prompts, plain.tokens, expected)
     for drafted in results:
         assert_same_tokens(one_device, prompts, drafted.tokens, expected)

@@ -9,12 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from specjax.decoding import step_costs
 from specjax.decoding.batch import Batch
-from specjax.decoding.drafter import DFlashDrafter
+from specjax.decoding.drafter import DFlashDrafter, LoRADrafter
 from specjax.decoding.loop import Drafting
-from specjax.decoding.target_pass import verify_chain, verify_tree
+from specjax.decoding.target_pass import verify_and_draft, verify_chain, verify_tree
+from specjax.models.lora import LoRAConfig
+from specjax.models.lora_draft import LoRADraft, LoRADraftConfig
 from specjax.models.sharding import mesh_scope
 from tests.decoding.tiny import FULL, TARGET, random_draft, random_prompts, random_target
 
@@ -38,6 +41,29 @@ def test_a_round_costs_what_its_rule_does(monkeypatch: pytest.MonkeyPatch) -> No
                 run = partial(step, drafting=Drafting(2, 0, rule, choice))
                 jax.eval_shape(run, target, drafter, state, sampling)
     assert seen == [("block", (2, 3), (2, 2, TARGET.vocab_size))] * 2 + [("rejection", (2, 3), None)] * 2
+
+
+def test_one_pass_adds_its_blocks_to_the_pass_that_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced: the pass alone is the target's; a round is one pass with blocks, and no draft beside it."""
+    config = LoRADraftConfig(LoRAConfig(r=2, alpha=2.0), block_size=4, mask_token_id=95, masked_anchor=0.5)
+    target, seen = random_target(0), []
+
+    def watching(name: str, function: Any) -> Any:
+        return lambda target, second, block, *rest: (
+            seen.append((name, block.shape)) or function(target, second, block, *rest)
+        )
+
+    for name, function in (("chain", verify_chain), ("blocks too", verify_and_draft)):
+        monkeypatch.setattr(step_costs, function.__name__, watching(name, function))
+    monkeypatch.setattr(LoRADrafter, "draft_logits", lambda *_: pytest.fail("a pass of the draft alone"))
+    with mesh_scope():
+        drafter = LoRADrafter(LoRADraft(config, TARGET, rngs=nnx.Rngs(0)))
+        batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
+        state = batch.prefill(target, drafter)
+        for step in (step_costs._verify, step_costs._draft_and_verify):
+            after = jax.eval_shape(partial(step, drafting=Drafting(2, one_pass=True)), target, drafter, state, None)
+    assert seen == [("chain", (2, 3)), ("blocks too", (2, 3))]
+    assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
 def test_steps_are_as_many_as_a_rounds_tokens_and_every_one_draws_anew(monkeypatch: pytest.MonkeyPatch) -> None:
