@@ -1,11 +1,12 @@
 """Orbax checkpoint or training run -> Hugging Face folder.
 
-`python -m converters.flax_to_hf CHECKPOINT_OR_RUN OUT [--format zlab|hf] [--step best|N] [--dtype DTYPE]`
+`python -m converters.flax_to_hf CHECKPOINT_OR_RUN OUT [--format zlab|peft|hf] [--step best|N] [--dtype DTYPE]`
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from specjax.config import load_config
 from specjax.errors import InputError, exit_on_input_error
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.lora_draft import LoRADraft
 from specjax.weights import load_checkpoint, load_run_params, read_fingerprint, save_draft, save_target
 from specjax.weights.load import CONFIG_FILE
 from specjax.weights.orbax_checkpoint import CHECKPOINT, RUN_CHECKPOINTS, RUN_TARGET_CONFIG, checkpoint_dtype
 from specjax.weights.side_files import copy_side_files, unshaping_fields
 
 DTYPES = ("bfloat16", "float16", "float32")
+FORMATS: dict[type, str] = {Decoder: "hf", DFlashDraft: "zlab", LoRADraft: "peft"}
+HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
 def step_argument(text: str) -> str | int:
@@ -34,33 +39,40 @@ def step_argument(text: str) -> str | int:
 
 @exit_on_input_error
 def main(argv: Sequence[str] | None = None) -> None:
-    """Exports a draft to the z-lab layout or a target to transformers' layout."""
+    """Exports a DFlash draft to the z-lab layout, a LoRA draft as a PEFT adapter, or a target for transformers."""
     parser = argparse.ArgumentParser(prog="python -m converters.flax_to_hf", description=__doc__)
     parser.add_argument("source", metavar="CHECKPOINT_OR_RUN", help="output of hf_to_flax, or a training run's folder")
     parser.add_argument("out", metavar="OUT", help="folder to write; other files in it stay")
-    parser.add_argument("--format", choices=("zlab", "hf"), help="zlab for drafts, hf for targets (default: what fits)")
+    parser.add_argument(
+        "--format", choices=FORMATS.values(), help="zlab for DFlash drafts, peft for LoRA drafts, hf for targets"
+    )
     parser.add_argument("--step", type=step_argument, help="of a run: a step number, or best (default: the latest)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of --format hf (default: a checkpoint's own; bfloat16 of runs)"
+        "--dtype",
+        choices=DTYPES,
+        help="of --format hf (default: a checkpoint's own; bfloat16 of runs) and peft (default: float32)",
     )
     args = parser.parse_args(argv)
     source, out = Path(args.source), Path(args.out)
     module, dtype, extra_config = _read(source, args.step)
-    expected = "zlab" if isinstance(module, DFlashDraft) else "hf"
+    expected = FORMATS[type(module)]
     if args.format not in (None, expected):
         raise InputError(f"{source}: holds a {type(module).__name__}; use --format {expected}, not {args.format}")
-    if isinstance(module, DFlashDraft):
+    if isinstance(module, Decoder):
+        save_target(module, out, jnp.dtype(args.dtype) if args.dtype else dtype, extra_config=extra_config)
+    elif isinstance(module, LoRADraft):
+        dtype, name = jnp.dtype(args.dtype or "float32"), _target_name(source)
+        save_draft(module, out, fingerprint=read_fingerprint(source), base_name=name, dtype=dtype)
+    else:
         if args.dtype not in (None, "bfloat16"):
             raise InputError(f"--dtype {args.dtype}: the z-lab layout is bfloat16; leave --dtype out")
         save_draft(module, out, fingerprint=read_fingerprint(source))
-    else:
-        save_target(module, out, jnp.dtype(args.dtype) if args.dtype else dtype, extra_config=extra_config)
     if jax.process_index() == 0:
         copy_side_files(source, out)
         print(f"{source} -> {out}")
 
 
-def _read(source: Path, step: Any) -> tuple[Decoder | DFlashDraft, Any, dict[str, Any]]:
+def _read(source: Path, step: Any) -> tuple[Decoder | DFlashDraft | LoRADraft, Any, dict[str, Any]]:
     """(model, dtype to write, fields of its config.json to keep)."""
     if (source / RUN_CHECKPOINTS).is_dir():
         config = source / RUN_TARGET_CONFIG
@@ -71,6 +83,17 @@ def _read(source: Path, step: Any) -> tuple[Decoder | DFlashDraft, Any, dict[str
         raise InputError(f"--step {step}: {source} is a single checkpoint; leave --step out")
     dtype = checkpoint_dtype(source)
     return load_checkpoint(source, dtype=dtype), dtype, unshaping_fields(source / CONFIG_FILE)
+
+
+def _target_name(run: Path) -> str | None:
+    """The target of a run as PEFT finds it, by path or hub id; None where it cannot."""
+    from specjax.training.run import CONFIG_FILE as RUN_CONFIG
+
+    name = load_config(run / RUN_CONFIG).target.path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    return name if re.fullmatch(HUB_ID, name) else None
 
 
 if __name__ == "__main__":

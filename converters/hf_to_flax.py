@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from specjax.errors import exit_on_input_error
+from specjax.errors import InputError, exit_on_input_error
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.weights import (
@@ -20,8 +20,10 @@ from specjax.weights import (
     weights_dtype,
 )
 from specjax.weights.config_fields import read_json
+from specjax.weights.fingerprint import FINGERPRINT_FILE
 from specjax.weights.load import CONFIG_FILE
-from specjax.weights.side_files import copy_side_files
+from specjax.weights.peft import ADAPTER_CONFIG_FILE
+from specjax.weights.side_files import SIDE_FILES, copy_side_files
 
 
 @exit_on_input_error
@@ -32,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("out", metavar="OUT", help="new folder for the Orbax checkpoint and config.json")
     args = parser.parse_args(argv)
     folder = model_folder(args.hf_folder)
+    if (folder / ADAPTER_CONFIG_FILE).exists():
+        raise InputError(
+            f"{folder}: holds an adapter, which is not converted: generate and benchmark take a LoRA draft's folder as "
+            "--draft; give a target or a z-lab draft"
+        )
     config, dtype = read_json(folder / CONFIG_FILE), weights_dtype(folder)
     model: Decoder | DFlashDraft
     if is_draft_config(config):
@@ -41,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model = load_target(folder, dtype=dtype)
     out = save_checkpoint(model, args.out, config)
     if jax.process_index() == 0:
-        copy_side_files(folder, out)
+        copy_side_files(folder, out, (FINGERPRINT_FILE, *SIDE_FILES))
         print(f"{folder} -> {out}")
 
 

@@ -15,8 +15,9 @@ from specjax.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from specjax.models.decoder import Decoder
+    from specjax.models.decoder import Decoder, DecoderConfig
     from specjax.models.dflash import DFlashConfig, DFlashDraft
+    from specjax.models.lora_draft import LoRADraft, LoRADraftConfig
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Models:
     """A target with what decoding it needs, and a draft."""
 
     target: Decoder
-    draft: DFlashDraft | None
+    draft: DFlashDraft | LoRADraft | None
     tokenizer: PreTrainedTokenizerBase | None
     stop_token_ids: tuple[int, ...]
 
@@ -32,7 +33,9 @@ class Models:
 def add_model_arguments(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
     """Adds --target, --draft, --chat-template-kwargs, --dtype and --tensor."""
     parser.add_argument("--target", required=True, help="Hugging Face folder or hub id of the target, or 'embedded'")
-    parser.add_argument("--draft", required=draft_required, help="z-lab folder or hub id of a draft, or a training run")
+    parser.add_argument(
+        "--draft", required=draft_required, help="folder or hub id of a DFlash or LoRA draft, or a training run"
+    )
     parser.add_argument(
         "--chat-template-kwargs", type=_json_object, default={}, metavar="JSON", help='e.g. {"enable_thinking": false}'
     )
@@ -138,58 +141,69 @@ def dtype_name(args: argparse.Namespace) -> str:
     return str(args.dtype)
 
 
-def read_draft_config(path_or_id: str) -> DFlashConfig:
-    """The configuration of a draft folder, hub id or training run, without its weights."""
+def read_draft_config(path_or_id: str, target: DecoderConfig) -> DFlashConfig | LoRADraftConfig:
+    """The configuration of a draft for `target`, of a folder, hub id or training run, without its weights."""
     from pathlib import Path
 
     from specjax import weights
-    from specjax.weights.config_fields import read_json
     from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
 
-    of_run = Path(path_or_id) / RUN_DRAFT_CONFIG
-    if of_run.exists():
-        return weights.draft_config_from_hf(read_json(of_run), str(of_run))
-    return weights.read_draft_config(path_or_id)
+    if (Path(path_or_id) / RUN_DRAFT_CONFIG).exists():
+        return weights.read_run_draft_config(path_or_id)
+    return weights.read_draft_config(path_or_id, target)
 
 
 def load_models(args: argparse.Namespace) -> Models:
     """Loads target, draft and tokenizer; warns on stderr where the draft was trained for another target."""
-    from pathlib import Path
-
     import jax.numpy as jnp
 
     from specjax import weights
     from specjax.models.decoder import check_mesh_fits
-    from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
-    from specjax.weights.tokenizer import load_tokenizer, mask_token_warning, stop_token_ids
+    from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     dtype = jnp.dtype(dtype_name(args))
-    target_config = weights.read_target_config(args.target)
     try:
-        check_mesh_fits(target_config)
+        check_mesh_fits(weights.read_target_config(args.target))
     except ValueError as error:
         raise InputError(f"--tensor {args.tensor}: {error}") from error
     target = weights.load_target(args.target, dtype=dtype)
     tokenizer = load_tokenizer(args.target)
-    draft = None
-    if args.draft is not None:
-        run = Path(args.draft)
-        if (run / RUN_DRAFT_CONFIG).exists():
-            draft, folder = weights.load_run_draft(run, dtype=dtype), run
-        else:
-            draft, folder = weights.load_draft(args.draft, dtype=dtype), weights.model_folder(args.draft)
-        weights.check_draft_matches(draft.config, target_config)
-        template = tokenizer.get_chat_template() if tokenizer is not None and tokenizer.chat_template else None
-        served = weights.target_fingerprint(
-            target,
-            vocab_size=draft.config.vocab_size,
-            chat_template=template,
-            thinking=json.dumps(args.chat_template_kwargs, sort_keys=True),
-        )
-        for warning in (
-            weights.fingerprint_warning(weights.read_fingerprint(folder), served),
-            mask_token_warning(draft.config.mask_token_id, tokenizer),
-        ):
-            if warning:
-                print(f"warning: {args.draft}: {warning}", file=sys.stderr)
+    draft = None if args.draft is None else _load_draft(args, target, tokenizer)
     return Models(target, draft, tokenizer, stop_token_ids(args.target))
+
+
+def _load_draft(
+    args: argparse.Namespace, target: Decoder, tokenizer: PreTrainedTokenizerBase | None
+) -> DFlashDraft | LoRADraft:
+    from pathlib import Path
+
+    from specjax import weights
+    from specjax.decoding.drafter import drafter_of
+    from specjax.decoding.inputs import check_models
+    from specjax.models.dflash import DFlashDraft
+    from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
+    from specjax.weights.tokenizer import mask_token_warning
+
+    folder = Path(args.draft)
+    draft: DFlashDraft | LoRADraft
+    if (folder / RUN_DRAFT_CONFIG).exists():
+        draft = weights.load_run_draft(folder, dtype=target.dtype)
+    else:
+        folder = weights.model_folder(args.draft)
+        draft = weights.load_draft(folder, dtype=target.dtype, base=target.config)
+    check_models(target, drafter_of(draft))
+    template = tokenizer.get_chat_template() if tokenizer is not None and tokenizer.chat_template else None
+    served = weights.target_fingerprint(
+        target,
+        vocab_size=draft.config.vocab_size if isinstance(draft, DFlashDraft) else None,
+        chat_template=template,
+        thinking=json.dumps(args.chat_template_kwargs, sort_keys=True),
+    )
+    recorded, base_name = weights.read_fingerprint(folder), weights.adapter_base_name(folder)
+    for warning in (
+        weights.fingerprint_warning(recorded, served, base_name),
+        mask_token_warning(draft.config.mask_token_id, tokenizer),
+    ):
+        if warning:
+            print(f"warning: {args.draft}: {warning}", file=sys.stderr)
+    return draft

@@ -103,7 +103,7 @@ def _plan(args: argparse.Namespace) -> tuple[JsonlRecords, Recipe]:
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     config = weights.read_target_config(args.target)
-    check_draft_tokens(None if args.draft is None else read_draft_config(args.draft), args.draft_tokens)
+    check_draft_tokens(None if args.draft is None else read_draft_config(args.draft, config), args.draft_tokens)
     tokenizer = load_tokenizer(args.target)
     stops = stop_token_ids(args.target)
     if args.unfinished == "drop" and not stops:

@@ -70,6 +70,7 @@ def warm_started(draft: DFlashDraft, target: Decoder, path: str) -> DFlashDraft:
     what they get, and learn from the first step on.
     """
     old = load_run_draft(path) if _is_run(path) else load_draft(path, dtype=jnp.float32, param_dtype=jnp.float32)
+    assert isinstance(old, DFlashDraft)  # `initial_config` has refused any other
     known = flat_params(old)
     if old.mask_embedding is None and old.config.mask_token_fits(target.config.vocab_size):
         known[MASK_EMBEDDING] = _embedding_row(target, old.config.mask_token_id)

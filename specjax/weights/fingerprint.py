@@ -24,6 +24,8 @@ from specjax.weights.load import read_target_config
 from specjax.weights.safetensors_files import model_folder, open_sound_tensors
 
 FINGERPRINT_FILE = "specjax.json"
+RECORDED = "target_fingerprint"
+UNKNOWN: dict[str, Any] = {RECORDED: None}  # where the file says other things of the draft
 SAMPLED_ROWS = 16
 
 MEANING = {
@@ -45,7 +47,7 @@ class TargetFingerprint:
     thinking: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"target_fingerprint": asdict(self)}
+        return {RECORDED: asdict(self)}
 
 
 def target_fingerprint(
@@ -81,27 +83,34 @@ def target_digest(path_or_id: str | Path) -> str:
 
 
 def read_fingerprint(folder: str | Path) -> TargetFingerprint | None:
-    """The fingerprint recorded in a draft folder or training run; None where there is no `specjax.json`."""
+    """The fingerprint recorded in a draft folder or training run; None where none is."""
     path = Path(folder) / FINGERPRINT_FILE
     if not path.exists():
         return None
-    value = read_json(path).get("target_fingerprint")
+    recorded = read_json(path)
+    value = recorded.get(RECORDED)
+    if value is None and RECORDED in recorded:
+        return None
     if not isinstance(value, dict) or set(value) != {f.name for f in fields(TargetFingerprint)}:
-        raise InputError(f"{path}: target_fingerprint is {value!r}; delete the file or export the draft again")
+        raise InputError(f"{path}: {RECORDED} is {value!r}; export the draft again, or set it to null")
     return TargetFingerprint(**value)
 
 
-def fingerprint_warning(recorded: TargetFingerprint | None, served: TargetFingerprint) -> str | None:
-    """One sentence naming what differs between the target a draft was trained for and the one served, or None."""
+def fingerprint_warning(
+    recorded: TargetFingerprint | None, served: TargetFingerprint, base_name: str | None = None
+) -> str | None:
+    """One sentence naming what differs between the target a draft was trained for and the one served, or None.
+
+    base_name: of the former, where it is known.
+    """
     if recorded is None:
         return None
     pairs = ((f.name, getattr(recorded, f.name), getattr(served, f.name)) for f in fields(TargetFingerprint))
     differing = [MEANING[name] for name, a, b in pairs if a is not None and b is not None and a != b]
     if not differing:
         return None
-    return (
-        f"the draft was trained for another target: {'; '.join(differing)}. Output stays exact, but expect it slower."
-    )
+    target = "another target" if base_name is None else f"another target ({base_name})"
+    return f"the draft was trained for {target}: {'; '.join(differing)}. Output stays exact, but expect it slower."
 
 
 def _hash(data: bytes) -> str:

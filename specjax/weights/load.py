@@ -53,13 +53,10 @@ def load_target(path_or_id: str | Path, *, dtype: Any = jnp.bfloat16, param_dtyp
     return _load(folder, TARGET_KEYS, partial(Decoder, config), dtype, param_dtype, tied=config.tie_word_embeddings)
 
 
-def load_draft(path_or_id: str | Path, *, dtype: Any = jnp.bfloat16, param_dtype: Any = None) -> DFlashDraft:
-    """The DFlash draft of a z-lab folder or hub id, on the mesh in force; arguments and errors as `load_target`'s."""
-    folder = model_folder(path_or_id)
-    config = read_draft_config(folder)
-    own = {}
-    if config.own_mask_embedding:
-        own[MASK_EMBEDDING] = read_mask_embedding(folder / MASK_EMBEDDING_FILE, config)
+def load_dflash_draft(folder: Path, *, dtype: Any = jnp.bfloat16, param_dtype: Any = None) -> DFlashDraft:
+    """The DFlash draft of a z-lab folder, on the mesh in force; arguments and errors as `load_target`'s."""
+    config = read_dflash_config(folder)
+    own = {MASK_EMBEDDING: _own_mask_embedding(folder, config)} if config.own_mask_embedding else {}
     return _load(folder, DRAFT_KEYS, partial(DFlashDraft, config), dtype, param_dtype, tied=False, vectors=own)
 
 
@@ -72,16 +69,20 @@ def read_target_config(path_or_id: str | Path) -> DecoderConfig:
     return decoder_config_from_hf(raw, str(folder / CONFIG_FILE))
 
 
-def read_draft_config(path_or_id: str | Path) -> DFlashConfig:
-    """The architecture of a draft folder or hub id, without its weights.
+def read_dflash_config(folder: Path) -> DFlashConfig:
+    """The architecture of a DFlash draft's folder, without its weights.
 
     A mask embedding beside the weights is the draft's own whether or not config.json says so, as for servers.
     """
-    folder = model_folder(path_or_id)
     raw = read_json(folder / CONFIG_FILE)
     if (folder / MASK_EMBEDDING_FILE).exists():
         raw["dflash_config"] = (raw.get("dflash_config") or {}) | {MASK_EMBEDDING: OWN}
     return draft_config_from_hf(raw, str(folder / CONFIG_FILE))
+
+
+def _own_mask_embedding(folder: Path, config: DFlashConfig) -> np.ndarray:
+    path = folder / MASK_EMBEDDING_FILE
+    return read_mask_embedding(path, config.mask_token_id, config.hidden_size, said_in=CONFIG_FILE)
 
 
 def weights_dtype(path_or_id: str | Path) -> np.dtype:
@@ -89,8 +90,7 @@ def weights_dtype(path_or_id: str | Path) -> np.dtype:
     folder = model_folder(path_or_id)
     names = {info.dtype for info in open_tensors(folder).infos.values()}
     if (folder / MASK_EMBEDDING_FILE).exists():
-        row = read_mask_embedding(folder / MASK_EMBEDDING_FILE, read_draft_config(folder))
-        names.add(DTYPE_NAMES[row.dtype])
+        names.add(DTYPE_NAMES[_own_mask_embedding(folder, read_dflash_config(folder)).dtype])
     known = names & set(FLOAT_DTYPES)
     return FLOAT_DTYPES[known.pop()] if len(known) == 1 and known != {"F64"} else np.dtype(np.float32)
 

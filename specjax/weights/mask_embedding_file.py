@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from specjax.errors import InputError
-from specjax.models.dflash import DFlashConfig
 from specjax.weights.safetensors_files import FLOAT_DTYPES
 
 MASK_EMBEDDING_FILE = "mask_embedding.pt"
@@ -100,15 +99,17 @@ def _tuple(*items: bytes) -> bytes:
     return pickle.MARK + b"".join(items) + pickle.TUPLE
 
 
-def read_mask_embedding(path: Path, config: DFlashConfig) -> np.ndarray:
-    """The embedding [d] in the file's dtype.
+def read_mask_embedding(path: Path, mask_token_id: int, hidden_size: int, *, said_in: str) -> np.ndarray:
+    """The embedding [d] in the file's dtype, of a draft with this mask token.
+
+    said_in: the file that says so, for errors.
 
     Raises:
         InputError: there is no such file, it is damaged or holds something else, or the mask embedding of another
-            size or token than `config` has.
+            size or token.
     """
     if not path.exists():
-        raise InputError(f"{path}: no such file, though config.json gives the draft a mask embedding of its own")
+        raise InputError(f"{path}: no such file, though {said_in} gives the draft a mask embedding of its own")
     try:
         with zipfile.ZipFile(path) as archive:
             saved, token, embedding = _read(archive)
@@ -117,10 +118,10 @@ def read_mask_embedding(path: Path, config: DFlashConfig) -> np.ndarray:
             f"{path}: is not a mask embedding ({error}); save it again with "
             'torch.save({"mask_token_id": id, "embedding": tensor}, path)'
         ) from error
-    if token not in (None, config.mask_token_id):
-        raise InputError(f"{path}: mask_token_id is {token}, in config.json {config.mask_token_id}; these must agree")
-    if math.prod(saved.size) != config.hidden_size:
-        raise InputError(f"{path}: embedding has shape {list(saved.size)}; hidden_size is {config.hidden_size}")
+    if token not in (None, mask_token_id):
+        raise InputError(f"{path}: mask_token_id is {token}, in {said_in} {mask_token_id}; these must agree")
+    if math.prod(saved.size) != hidden_size:
+        raise InputError(f"{path}: embedding has shape {list(saved.size)}; hidden_size is {hidden_size}")
     return embedding
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from specjax.errors import InputError
@@ -122,13 +123,33 @@ def save_adapters(
 
     base_name: path or hub id of the base, by which `peft.AutoPeftModelForCausalLM` finds it; None: unsaid.
     """
-    folder, dtype = Path(folder), jnp.dtype(dtype)
+    return write_adapter_folder(adapters, Path(folder), base_name, jnp.dtype(dtype), {}, ADAPTER_FILES)
+
+
+def write_adapter_folder(
+    adapters: LoRAAdapters,
+    folder: Path,
+    base_name: str | None,
+    dtype: np.dtype,
+    others: Mapping[str, bytes],
+    owned: tuple[str, ...],
+) -> Path:
+    """`save_adapters`, with `others`, files by name, that come and go with the adapter; `owned`: see `replacing`."""
     rows = [(*ADAPTER_KEYS.to_file(path), array) for path, array in flat_params(adapters).items()]
-    with mesh_scope(), replacing(folder, ADAPTER_FILES, ADAPTER_CONFIG_FILE) as new:
+    with mesh_scope(), replacing(folder, owned, ADAPTER_CONFIG_FILE) as new:
         write_rows(None if new is None else new / ADAPTER_FILE, rows, dtype)
         if new is not None:
+            for name, content in others.items():
+                (new / name).write_bytes(content)
             (new / ADAPTER_CONFIG_FILE).write_bytes(json_text(adapter_config_to_peft(adapters.config, base_name)))
     return folder
+
+
+def adapter_base_name(folder: Path) -> str | None:
+    """The base that an adapter's folder names, by path or hub id; None where it names none, or is no adapter's."""
+    path = folder / ADAPTER_CONFIG_FILE
+    name = read_json(path).get("base_model_name_or_path") if path.exists() else None
+    return name if isinstance(name, str) else None
 
 
 def adapter_config_from_peft(raw: Mapping[str, Any], source: str, base: DecoderConfig) -> LoRAConfig:

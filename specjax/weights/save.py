@@ -57,7 +57,7 @@ def save_target(
     return _save(flat_params(decoder), Path(folder), TARGET_KEYS, jnp.dtype(dtype), files, SHARD_BYTES)
 
 
-def save_draft(draft: DFlashDraft, folder: str | Path, *, fingerprint: TargetFingerprint | None) -> Path:
+def save_dflash_draft(draft: DFlashDraft, folder: str | Path, *, fingerprint: TargetFingerprint | None) -> Path:
     """Writes `draft` in the z-lab layout: config.json, one bf16 model.safetensors, and the target's fingerprint.
 
     A mask embedding of the draft's own is a file too, `mask_embedding.pt`, in bf16. The fingerprint is `specjax.json`,
@@ -71,7 +71,7 @@ def save_draft(draft: DFlashDraft, folder: str | Path, *, fingerprint: TargetFin
     mask_embedding = params.pop(MASK_EMBEDDING, None)
     if mask_embedding is not None:
         with mesh_scope():
-            row = _fetch(mask_embedding, "copy", dtype)
+            row = host_array(mask_embedding, "copy", dtype)
         files[MASK_EMBEDDING_FILE] = mask_embedding_bytes(row, draft.config.mask_token_id)
     return _save(params, Path(folder), DRAFT_KEYS, dtype, files, None)
 
@@ -118,7 +118,7 @@ def _shards(params: Mapping[str, jax.Array], table: KeyTable, dtype: np.dtype, l
 
 def write_rows(path: Path | None, rows: list[Row], dtype: np.dtype) -> None:
     """Writes one file; processes other than the first (path None) only take part in fetching."""
-    arrays = (_fetch(array, transform, dtype) for _, transform, array in rows)
+    arrays = (host_array(array, transform, dtype) for _, transform, array in rows)
     if path is None:
         for _ in arrays:
             pass
@@ -130,7 +130,8 @@ def write_rows(path: Path | None, rows: list[Row], dtype: np.dtype) -> None:
     write_safetensors(path, specs, arrays)
 
 
-def _fetch(array: jax.Array, transform: Transform, dtype: np.dtype) -> np.ndarray:
+def host_array(array: jax.Array, transform: Transform, dtype: np.dtype) -> np.ndarray:
+    """All of `array` in `dtype`, as a file holds it, on every process."""
     out = _orient(array, transform=transform, dtype=dtype)
     if out.is_fully_addressable:
         return np.asarray(out)

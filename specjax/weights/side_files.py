@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from specjax.weights.config_fields import IGNORED, read_json
-from specjax.weights.fingerprint import FINGERPRINT_FILE
 
 # What belongs to a model beside its config and weights, and travels with it.
 SIDE_FILES = (
-    FINGERPRINT_FILE,
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
@@ -24,9 +23,9 @@ SIDE_FILES = (
 )
 
 
-def copy_side_files(source: Path, out: Path) -> None:
-    """Copies those of SIDE_FILES that `source` has into `out`."""
-    for name in SIDE_FILES:
+def copy_side_files(source: Path, out: Path, names: Iterable[str] = SIDE_FILES) -> None:
+    """Copies those of `names` that `source` has into `out`."""
+    for name in names:
         if (source / name).exists():
             shutil.copy(source / name, out / name)
 

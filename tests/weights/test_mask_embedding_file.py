@@ -17,9 +17,7 @@ import torch
 
 from specjax.errors import InputError
 from specjax.weights.mask_embedding_file import mask_embedding_bytes, read_mask_embedding
-from tests.weights.tiny import draft_config
 
-CONFIG = draft_config(mask_token_id=151936, own_mask_embedding=True)
 DTYPES = {
     torch.bfloat16: ml_dtypes.bfloat16,
     torch.float16: np.float16,
@@ -53,7 +51,7 @@ def test_what_torch_writes_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
     saved.append(OrderedDict(mask_token_id=151936, embedding=row.clone()))
     for i, value in enumerate(saved):
         torch.save(value, tmp_path / f"{i}.pt")
-        read = read_mask_embedding(tmp_path / f"{i}.pt", CONFIG)
+        read = read_mask_embedding(tmp_path / f"{i}.pt", 151936, 32, said_in="config.json")
         assert (read.dtype, read.shape) == (DTYPES[dtype], (32,))
         np.testing.assert_array_equal(read.astype(np.float64), row.double().numpy())
 
@@ -73,7 +71,7 @@ def test_what_torch_writes_is_read(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_another_content_is_refused(value: Any, message: str, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "mask_embedding.pt")
     with pytest.raises(InputError, match=message) as refused:
-        read_mask_embedding(tmp_path / "mask_embedding.pt", CONFIG)
+        read_mask_embedding(tmp_path / "mask_embedding.pt", 151936, 32, said_in="config.json")
     assert str(tmp_path / "mask_embedding.pt") in str(refused.value)
 
 
@@ -91,7 +89,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     for content in (whole[:-40], b"", before_zip, short.getvalue()):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"is not a mask embedding .*; save it again with torch.save"):
-            read_mask_embedding(path, CONFIG)
+            read_mask_embedding(path, 151936, 32, said_in="config.json")
 
 
 class _Call:
@@ -108,5 +106,5 @@ def test_a_file_runs_no_code(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "mask_embedding.pt", "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(_Call(tmp_path / "made")))
     with pytest.raises(InputError, match=r"it names \w+.mkdir, which describes no float tensor"):
-        read_mask_embedding(tmp_path / "mask_embedding.pt", CONFIG)
+        read_mask_embedding(tmp_path / "mask_embedding.pt", 151936, 32, said_in="config.json")
     assert not (tmp_path / "made").exists()
