@@ -17,11 +17,13 @@ from pydantic import Field, model_validator
 
 from specjax.config_messages import problems, shown
 from specjax.config_sections import (
+    DEFAULT_NUM_TAPS,
     CheckpointConfig,
     DataConfig,
     DraftConfig,
     EvaluationConfig,
     LoggingConfig,
+    LoRASection,
     LossConfig,
     MeshConfig,
     NoiseConfig,
@@ -37,16 +39,21 @@ DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}  # by block size
 # Of each pair only the one in force is written.
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 DECODING = ("prompts", "max_new_tokens")  # settings of evaluation that are a draft's
+BLOCKS = ("num_anchors", "context_len", "context_ratio")  # settings of data that are
+OWN_LAYERS = ("init", "num_layers", "num_taps", "target_layer_ids", "sliding_window")  # settings of draft: not LoRA's
 
 
 class RunConfig(Section):
     """Everything that defines a run."""
 
-    kind: Literal["dflash", "causal_lm"] = Field("dflash", description="train a DFlash draft, or the target itself")
+    kind: Literal["dflash", "lora", "causal_lm"] = Field(
+        "dflash", description="train a DFlash draft, adapters with which the target drafts itself, or the target"
+    )
     output_dir: str = Field(description="folder of the run: checkpoints, logs, resolved config")
     seed: int = Field(0, ge=0, description="of initialisation, data order and anchors")
     target: TargetConfig
     draft: DraftConfig = Field(default_factory=DraftConfig)
+    lora: LoRASection = Field(default_factory=LoRASection)
     data: DataConfig
     loss: LossConfig = Field(default_factory=LossConfig)
     noise: NoiseConfig = Field(default_factory=NoiseConfig)
@@ -59,21 +66,34 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
+        if ignored := self._ignored():
+            what = {"dflash": "has no adapters", "lora": "has no layers of its own", "causal_lm": "trains no draft"}
+            raise ValueError(f"kind {self.kind} {what[self.kind]} and ignores {', '.join(ignored)}; drop it")
         if self.kind == "causal_lm":
-            given = sorted({"draft", "loss", "noise"} & self.model_fields_set)
-            given += ["data.num_anchors"] if "num_anchors" in self.data.model_fields_set else []
-            given += ["data.taps"] if self.data.taps is not None else []
-            given += [f"evaluation.{name}" for name in DECODING if name in self.evaluation.model_fields_set]
-            if given:
-                raise ValueError(f"kind causal_lm trains no draft and ignores {', '.join(given)}; drop it")
-        elif self.target.init == "random":
+            return self
+        if self.target.init == "random":
             raise ValueError("target.init random belongs to kind causal_lm; a draft needs a trained target")
-        elif self.loss.weighting == "exp" and self.loss.gamma is None and self.draft.block_size not in DEFAULT_GAMMAS:
+        if self.kind == "lora" and self.data.taps is not None:
+            raise ValueError("data.taps holds hidden states, but kind lora needs the target's keys; drop it")
+        if self.loss.weighting == "exp" and self.loss.gamma is None and self.draft.block_size not in DEFAULT_GAMMAS:
             raise ValueError(
                 f"loss.gamma has no default for draft.block_size {self.draft.block_size} "
                 f"(known: {', '.join(f'{b}: {g:g}' for b, g in DEFAULT_GAMMAS.items())}); set loss.gamma"
             )
         return self
+
+    def _ignored(self) -> list[str]:
+        """Settings that were given and that this kind of run has no use for."""
+        given = self.model_fields_set
+        if self.kind == "lora":
+            unset = {"num_taps"} if self.draft.num_taps == DEFAULT_NUM_TAPS else set()
+            return [f"draft.{name}" for name in OWN_LAYERS if name in self.draft.model_fields_set - unset]
+        if self.kind == "dflash":
+            return sorted({"lora"} & given)
+        ignored = sorted({"draft", "lora", "loss", "noise"} & given)
+        ignored += [f"data.{name}" for name in BLOCKS if name in self.data.model_fields_set]
+        ignored += ["data.taps"] if self.data.taps is not None else []
+        return ignored + [f"evaluation.{name}" for name in DECODING if name in self.evaluation.model_fields_set]
 
     @property
     def gamma(self) -> float | None:
@@ -152,11 +172,18 @@ def dump_config(config: RunConfig) -> str:
     for section, name in EXCLUSIVE:
         if raw[section][name] is None:
             del raw[section][name]
+    if config.kind != "lora":
+        del raw["lora"]
+    elif config.lora.peft_config is not None:
+        raw["lora"] = {name: raw["lora"][name] for name in ("peft_config", "masked_anchor", "adapt_context")}
+    if config.kind == "lora":
+        raw["draft"] = {name: value for name, value in raw["draft"].items() if name not in OWN_LAYERS}
     if config.kind == "causal_lm":
-        raw = {key: value for key, value in raw.items() if key not in ("draft", "loss", "noise")}
-        del raw["data"]["num_anchors"]
-        for name in DECODING:
-            del raw["evaluation"][name]
+        for name in ("draft", "loss", "noise"):
+            del raw[name]
+        for section, names in (("data", BLOCKS), ("evaluation", DECODING)):
+            for name in names:
+                del raw[section][name]
     return yaml.safe_dump(raw, sort_keys=False)
 
 

@@ -79,6 +79,45 @@ class DraftConfig(Section):
         return self
 
 
+class LoRASection(Section):
+    """In PEFT's own words, and what a LoRA draft has beside its adapters."""
+
+    peft_config: str | None = Field(
+        None, description="adapter_config.json of PEFT to take the settings of the adapters from, instead of those here"
+    )
+    r: int = Field(32, ge=1, description="rank of the adapters")
+    lora_alpha: float = Field(32.0, gt=0, description="an adapter's output is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="probability with which an adapter's input is dropped")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
+    target_modules: str | tuple[str, ...] = Field(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+        description="projections that are adapted, as a list, a regular expression, or all-linear",
+    )
+    masked_anchor: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the blocks whose anchor is masked too, so that a block can be drafted before its anchor "
+        "is known, in one pass a round; 1: only so",
+    )
+    adapt_context: bool = Field(
+        False, description="the adapters act on the context too, which then has keys and values of its own"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LoRASection:
+        given = sorted({"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules"} & self.model_fields_set)
+        if self.peft_config is not None and given:
+            raise ValueError(f"peft_config {self.peft_config} says what {', '.join(given)} says too; drop one of them")
+        if self.adapt_context and self.masked_anchor:
+            raise ValueError(
+                f"masked_anchor is {self.masked_anchor:g} and adapt_context true: one pass a round needs the target's "
+                "own keys and values; give one of them"
+            )
+        return self
+
+
 class WeightedSource(Section):
     path: str = Field(description="JSONL or Parquet files or globs, or hf://owner/name?split=train")
     weight: Positive = Field(1.0, description="passes over this source's records in an epoch")
@@ -86,6 +125,13 @@ class WeightedSource(Section):
 
 def _form_of_source(entry: Any) -> str:
     return AS_MAPPING if isinstance(entry, Mapping | WeightedSource) else AS_TEXT
+
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _both_ends(ratio: Any) -> Any:
+    return (ratio, ratio) if isinstance(ratio, int | float) and not isinstance(ratio, bool) else ratio
 
 
 TrainingSource = Annotated[
@@ -113,6 +159,12 @@ class DataConfig(Section):
     taps: str | None = Field(None, description="folder of python -m specjax.capture: train without running the target")
     packing: bool = Field(False, description="fill rows with several conversations; they never see each other")
     num_anchors: int = Field(512, ge=1, description="training blocks a row of max_length tokens")
+    context_len: int = Field(0, ge=0, description="first tokens of a conversation in which no block starts")
+    context_ratio: Annotated[tuple[Ratio, Ratio], BeforeValidator(_both_ends)] = Field(
+        (0.0, 0.0),
+        description="share of a conversation, from its start, in which no block starts; of [low, high] every "
+        "conversation draws its own between them",
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="passed to the chat template, as the server will (e.g. enable_thinking)"
     )
@@ -124,6 +176,8 @@ class DataConfig(Section):
                 f"validation is {shown(self.validation)} and validation_fraction is {self.validation_fraction}; "
                 "give one of them"
             )
+        if self.context_ratio[0] > self.context_ratio[1]:
+            raise ValueError(f"context_ratio {list(self.context_ratio)} must go up; swap the two")
         return self
 
     @property
@@ -189,24 +243,24 @@ class LossConfig(Section):
 
 
 class NoiseConfig(Section):
-    revealed: Literal["none", "fraction", "geometric"] = Field(
+    revealed: Literal["none", "fraction", "geometric", "random"] = Field(
         "none", description="tokens after a block's anchor that the draft is shown in training, and not asked for"
     )
     fraction: float | None = Field(
         None, gt=0, lt=1, description="fraction only: share of the block_size - 1 slots, rounded down"
     )
     probability: float | None = Field(
-        None, gt=0, lt=1, description="geometric only: with which each further token is shown"
+        None, gt=0, lt=1, description="with which geometric shows each further token, and random each token"
     )
 
     @model_validator(mode="after")
     def _settings_of_the_law(self) -> NoiseConfig:
-        for name, law in (("fraction", "fraction"), ("probability", "geometric")):
+        for name, laws in (("fraction", ("fraction",)), ("probability", ("geometric", "random"))):
             given = getattr(self, name) is not None
-            if given and self.revealed != law:
-                raise ValueError(f"{name} belongs to revealed {law!r}, not {self.revealed!r}; drop it")
-            if not given and self.revealed == law:
-                raise ValueError(f"revealed is {law!r}, which needs {name}; set it")
+            if given and self.revealed not in laws:
+                raise ValueError(f"{name} belongs to revealed {' or '.join(laws)}, not {self.revealed}; drop it")
+            if not given and self.revealed in laws:
+                raise ValueError(f"revealed is {self.revealed}, which needs {name}; set it")
         return self
 
 

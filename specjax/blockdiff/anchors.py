@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class PureContext:
+    """The first part of a sequence, where no block starts: at least `length` tokens and a share of all.
+
+    ratio: (low, high), between which the share of a sequence is drawn uniformly.
+    """
+
+    length: int = 0
+    ratio: tuple[float, float] = (0.0, 0.0)
+
+    def tokens(self, sequence: int, generator: np.random.Generator) -> int:
+        low, high = self.ratio
+        return max(self.length, math.ceil((low + (high - low) * generator.random()) * sequence))
+
+
+NO_CONTEXT = PureContext()
 
 
 def draw_anchors(
@@ -15,10 +35,12 @@ def draw_anchors(
     seed: int,
     epoch: int,
     sample_ids: Sequence[int],
+    context: PureContext = NO_CONTEXT,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draws up to N = `num_anchors` anchors of one row: (anchors int32 [N], valid bool [N]), valid ones first, sorted.
 
-    A position p is a candidate if `loss_mask[p]` and `loss_mask[p + 1]` are set in one document. A document of s tokens
+    A position p is a candidate if `loss_mask[p]` and `loss_mask[p + 1]` are set in one document, and p is not in the
+    document's pure `context`. A document of s tokens
     in a row of S draws min(candidates, max(1, floor(N * s / S))) of its own, uniformly without replacement; only if
     the documents of a row ask for more than N together do those that ask for most give some up. Unused slots are 0
     and invalid; a row without candidates has no valid slot.
@@ -45,8 +67,13 @@ def draw_anchors(
 
     same_document = document_ids[:-1] == document_ids[1:]
     candidates = np.flatnonzero(loss_mask[:-1] & loss_mask[1:] & same_document)
-    by_document = [candidates[document_ids[candidates] == i + 1] for i in range(len(sample_ids))]
-    lengths = [int(np.count_nonzero(document_ids == i + 1)) for i in range(len(sample_ids))]
+    places = [np.flatnonzero(document_ids == i + 1) for i in range(len(sample_ids))]
+    lengths = [len(own) for own in places]
+    by_document = []
+    for i, (sample_id, own) in enumerate(zip(sample_ids, places, strict=True)):
+        skipped = context.tokens(len(own), sample_generator(seed, epoch, sample_id, stream=2))
+        first = own[0] + skipped if len(own) else 0
+        by_document.append(candidates[(document_ids[candidates] == i + 1) & (candidates >= first)])
     quotas = _quotas(lengths, [len(own) for own in by_document], num_anchors, len(loss_mask))
 
     drawn = [
@@ -69,7 +96,7 @@ def _quotas(lengths: Sequence[int], candidates: Sequence[int], num_anchors: int,
 
 
 def sample_generator(seed: int, epoch: int, sample_id: int, stream: int = 0) -> np.random.Generator:
-    """Random numbers of a sample in an epoch; `stream` tells apart what they are for (0: anchors).
+    """Random numbers of a sample in an epoch; `stream` tells apart uses (0: anchors, 1: noise, 2: context).
 
     Counter-based: (seed, epoch) is the key, and a stream of a sample owns the 2^128 counter values below its word.
     """

@@ -47,13 +47,13 @@ def slot_mask(
     return learnt_bNB & inside & valid_bN[..., None] & (slots > 0)
 
 
-def reveal(mask_bNB: jax.Array, revealed_bN: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(shown, supervised), bool [b, N, B]: a `slot_mask` split after the first `revealed_bN` slots of each block.
+def reveal(mask_bNB: jax.Array, shown_bNB: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(shown, supervised), bool [b, N, B]: a `slot_mask` split into what a block shows and what it has to predict.
 
-    Only what would have been supervised is shown: nothing behind the end of a turn or of a document.
+    Besides the anchor only what would have been supervised is shown: nothing behind the end of a turn or a document.
     """
-    first = jnp.arange(mask_bNB.shape[-1]) <= revealed_bN[..., None]
-    return mask_bNB & first, mask_bNB & ~first
+    anchor = jnp.arange(mask_bNB.shape[-1]) == 0
+    return (mask_bNB | anchor) & shown_bNB, mask_bNB & ~shown_bNB
 
 
 def covered_tokens(mask_bNB: jax.Array, anchors_bN: jax.Array, length: int) -> jax.Array:

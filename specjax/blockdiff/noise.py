@@ -1,4 +1,4 @@
-"""Inputs and labels of the blocks of a row, and how many of a block's tokens are shown to the draft."""
+"""Inputs and labels of the blocks of a row, and which of a block's tokens are shown to the draft."""
 
 from __future__ import annotations
 
@@ -14,28 +14,37 @@ from specjax.blockdiff.anchors import sample_generator
 
 
 @dataclass(frozen=True)
-class RevealedPrefix:
-    """The noise schedule: how many tokens of a block after its anchor are shown, and not predicted.
+class BlockNoise:
+    """Which slots of a training block show their token; the others hold MASK.
 
-    fraction: `value` of the B - 1 draft slots, rounded down, in every block. geometric: each further token is shown
-    with probability `value`. At least the last slot always stays masked.
+    law: of the tokens after the anchor, which are shown, and not predicted. none: none. fraction: `value` of the B - 1
+    slots, rounded down, the first ones of every block. geometric: each further one with probability `value`, the first
+    ones again. random: each with probability `value`, wherever it stands. The last slot always stays masked.
+    masked_anchor: share of the blocks that do not show even their anchor.
     """
 
-    law: Literal["fraction", "geometric"]
+    law: Literal["none", "fraction", "geometric", "random"]
     value: float
     block_size: int
+    masked_anchor: float = 0.0
 
-    def lengths(self, uniform: np.ndarray) -> np.ndarray:
-        """int32 lengths from numbers uniform in [0, 1), of any shape."""
-        most = self.block_size - 2
-        if self.law == "fraction":
-            return np.full(uniform.shape, min(int(self.value * (self.block_size - 1)), most), np.int32)
-        # P(length >= n) = value^n
-        return np.minimum(np.log1p(-uniform) / np.log(self.value), most).astype(np.int32)
+    def shown(self, uniform_b: np.ndarray) -> np.ndarray:
+        """bool [..., B] from numbers uniform in [0, 1): slot 0's decides on the anchor, slot 1's on a prefix."""
+        slots, first = np.arange(self.block_size), uniform_b[..., 1:2]
+        if self.law == "random":
+            shown = uniform_b < self.value
+        elif self.law == "geometric":  # P(length >= n) = value^n
+            shown = slots <= np.log1p(-first) / np.log(self.value)
+        else:
+            length = int(self.value * (self.block_size - 1)) if self.law == "fraction" else 0
+            shown = np.broadcast_to(slots <= length, uniform_b.shape).copy()
+        shown[..., -1] = False
+        shown[..., 0] = uniform_b[..., 0] >= self.masked_anchor
+        return shown
 
 
-def draw_revealed(
-    prefix: RevealedPrefix,
+def draw_shown(
+    noise: BlockNoise,
     anchors: np.ndarray,
     document_ids: np.ndarray,
     *,
@@ -43,17 +52,17 @@ def draw_revealed(
     epoch: int,
     sample_ids: Sequence[int],
 ) -> np.ndarray:
-    """Revealed tokens int32 [N] of the blocks at `anchors` [N] of one row; arguments as `anchors.draw_anchors`'s.
+    """Shown slots bool [N, B] of the blocks at `anchors` [N] of one row; arguments as `anchors.draw_anchors`'s.
 
-    A block's number depends on (seed, epoch, its sample id, its place in the sample) alone.
+    What a block shows depends on (seed, epoch, its sample id, its place in the sample) alone.
     """
-    revealed = np.zeros(len(anchors), np.int32)
+    shown = np.zeros((len(anchors), noise.block_size), bool)
     for document, sample_id in enumerate(sample_ids, 1):
         places = np.flatnonzero(document_ids == document)
         own = document_ids[anchors] == document
-        uniform = sample_generator(seed, epoch, sample_id, stream=1).random(len(places))
-        revealed[own] = prefix.lengths(uniform[anchors[own] - places[:1]])
-    return revealed
+        uniform = sample_generator(seed, epoch, sample_id, stream=1).random((len(places), noise.block_size))
+        shown[own] = noise.shown(uniform[anchors[own] - places[:1]])
+    return shown
 
 
 def block_inputs(
@@ -71,12 +80,12 @@ def block_inputs(
         label       token(p)  token(p+1)  token(p+2)  ...  token(p+B-1)
 
     Labels sit at the slot's own position: slot k predicts token(p + k), there is no shift. Slot 0 is the known anchor
-    and never supervised. Positions past the row repeat its last token; `masks.slot_mask` leaves them out. Slots of
-    `shown_bNB` hold their token too (see `masks.reveal`).
+    and never supervised. Positions past the row repeat its last token; `masks.slot_mask` leaves them out. With
+    `shown_bNB` these slots, and no others, hold their token (see `masks.reveal`).
     """
     slots = jnp.arange(block_size)
     last = tokens_bt.shape[1] - 1
     positions_bNB = jnp.minimum(anchors_bN[..., None] + slots, last)
     labels_bNB = jax.vmap(lambda tokens, positions: tokens[positions])(tokens_bt, positions_bNB)
-    known = slots == 0 if shown_bNB is None else shown_bNB | (slots == 0)
+    known = slots == 0 if shown_bNB is None else shown_bNB
     return jnp.where(known, labels_bNB, mask_token_id), labels_bNB

@@ -8,7 +8,7 @@ A row holds one sample, or several if packed: documents that never see each othe
 A batch maps names to arrays, b = batch_size / process_count rows, S = max_length, N = num_anchors:
 `input_ids` int32 [b, S], `loss_mask` bool [b, S], `document_ids` int32 [b, S] (1, 2, ... on the tokens of a row's
 first, second, ... sample, 0 on padding) and, unless num_anchors is None, `anchors` int32 [b, N] and `anchor_valid`
-bool [b, N]; with a `RevealedPrefix` also `revealed` int32 [b, N]; with a `TapCache` also `states` [b, S, m + d] in the
+bool [b, N]; with a `BlockNoise` also `shown` bool [b, N, B]; with a `TapCache` also `states` [b, S, m + d] in the
 cache's dtype, 0 on padding.
 """
 
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import grain
 import numpy as np
 
-from specjax.blockdiff.anchors import draw_anchors
-from specjax.blockdiff.noise import RevealedPrefix, draw_revealed
+from specjax.blockdiff.anchors import NO_CONTEXT, PureContext, draw_anchors
+from specjax.blockdiff.noise import BlockNoise, draw_shown
 from specjax.data.chat_template import ChatTokenizer
 from specjax.data.conversations import Conversation, Record, check_token_ids
 from specjax.data.packing import RowPlan, one_sample_a_row, pack
@@ -171,7 +171,8 @@ class TrainingData:
         epochs: float | None,
         packing: bool = False,
         taps: TapCache | None = None,
-        revealed: RevealedPrefix | None = None,
+        noise: BlockNoise | None = None,
+        context: PureContext = NO_CONTEXT,
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
@@ -180,9 +181,11 @@ class TrainingData:
         if epochs is not None and epochs <= 0:
             raise InputError(f"epochs is {epochs}; give a positive number, or none for an endless stream")
         plan = pack(sample_lengths(source), max_length, seed=seed) if packing else one_sample_a_row(len(source))
-        build = functools.partial(_rows, source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed)
+        build = functools.partial(
+            _rows, source, plan, max_length=max_length, num_anchors=num_anchors, seed=seed, context=context
+        )
         _check_supervision(build(), min(len(plan), CHECKED_ROWS))
-        rows = build(taps=taps, revealed=revealed)
+        rows = build(taps=taps, noise=noise)
         self.steps_per_epoch = math.ceil(len(plan) / batch_size)
         # The stream has no seam between epochs, so the last step borrows its missing rows from the next epoch.
         self.num_steps = None if epochs is None else math.ceil(epochs * len(plan) / batch_size)
@@ -279,12 +282,13 @@ def _rows(
     num_anchors: int | None,
     seed: int,
     taps: TapCache | None = None,
-    revealed: RevealedPrefix | None = None,
+    noise: BlockNoise | None = None,
+    context: PureContext = NO_CONTEXT,
 ) -> grain.MapDataset:
     """The endless stream of rows in global order: row i is a pure function of (seed, i)."""
     # The shuffle keys on (seed, epoch) and so reorders each epoch of the repeated stream.
     order = grain.MapDataset.range(len(plan)).seed(seed).shuffle().repeat(ENDLESS_EPOCHS)
-    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed, taps, revealed)
+    build = functools.partial(_build_row, source, plan, max_length, num_anchors, seed, taps, noise, context)
     return order.map_with_index(build)
 
 
@@ -295,7 +299,8 @@ def _build_row(
     num_anchors: int | None,
     seed: int,
     taps: TapCache | None,
-    revealed: RevealedPrefix | None,
+    noise: BlockNoise | None,
+    context: PureContext,
     position: int,
     row_id: int,
 ) -> Batch:
@@ -319,23 +324,13 @@ def _build_row(
             row["states"][start:stop] = taps.read(sample_id, input_ids)
         start = stop
     if num_anchors is not None:
-        row["anchors"], row["anchor_valid"] = draw_anchors(
-            row["loss_mask"],
-            row["document_ids"],
-            num_anchors,
-            seed=seed,
-            epoch=position // len(plan),
-            sample_ids=sample_ids,
+        drawn_for: Any = {"seed": seed, "epoch": position // len(plan), "sample_ids": sample_ids}
+        anchors, row["anchor_valid"] = draw_anchors(
+            row["loss_mask"], row["document_ids"], num_anchors, **drawn_for, context=context
         )
-        if revealed is not None:
-            row["revealed"] = draw_revealed(
-                revealed,
-                row["anchors"],
-                row["document_ids"],
-                seed=seed,
-                epoch=position // len(plan),
-                sample_ids=sample_ids,
-            )
+        row["anchors"] = anchors
+        if noise is not None:
+            row["shown"] = draw_shown(noise, anchors, row["document_ids"], **drawn_for)
     return row
 
 
@@ -371,5 +366,6 @@ def _check_supervision(rows: grain.MapDataset, count: int) -> None:
     if not supervised:
         raise InputError(
             f"data set: none of the first {count} rows has supervised tokens within max_length; check that there "
-            "are assistant messages (or that loss_mask is set), the chat template, and max_length"
+            "are assistant messages (or that loss_mask is set), the chat template, max_length, and that "
+            "data.context_len and context_ratio leave some of them"
         )

@@ -73,8 +73,10 @@ class Trainer:
 
 def check_measurable(config: RunConfig, settings: Settings) -> None:
     """Raises InputError for a config that trains no draft, or that PyTorch's step does not follow."""
-    if config.kind != "dflash":
-        raise InputError(f"kind is {config.kind}; the benchmark times the training of drafts: give kind dflash")
+    if config.kind == "causal_lm":
+        raise InputError(f"kind is {config.kind}; the benchmark times the training of drafts: give kind dflash or lora")
+    if config.kind == "lora" and (settings.captured or settings.against_torch):
+        raise InputError("kind lora needs the target's keys, not captured states; leave --captured and --compare out")
     if settings.against_torch:
         check_comparable(config)
 
@@ -111,6 +113,8 @@ def benchmark_training(config: RunConfig, settings: Settings, progress: Progress
             trainer()
         report |= _speeds([seconds_of(trainer) for _ in range(settings.steps)], report)
         report["device_memory"] = jax.local_devices()[0].memory_stats()
+        if config.kind == "lora":  # its parts are the target's own passes
+            return report
         progress("timing its parts")
         assert isinstance(task.loss, BlockDiffusionLoss)
         report["context_scores"] = context_scores(task.loss, trainer.state.model, batch)
@@ -190,7 +194,7 @@ def train_step_of(config: RunConfig, task: Task) -> tuple[optax.GradientTransfor
     """The config's optimizer and jitted train step."""
     schedule = learning_rate_schedule(config.optimizer, config.training.steps or DEFAULT_TOTAL_STEPS)
     optimizer = make_optimizer(config.optimizer, schedule)
-    return optimizer, make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay)
+    return optimizer, make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay, task.dropout_seed)
 
 
 def _compiled(config: RunConfig, task: Task, batch: Batch) -> tuple[Trainer, Report]:
@@ -217,7 +221,7 @@ def _shape(config: RunConfig, task: Task, host: dict[str, np.ndarray]) -> Report
         "max_length": config.data.max_length,
         "num_anchors": config.data.num_anchors,
         "block_size": config.draft.block_size,
-        "draft_layers": config.draft.num_layers,
+        "draft": f"{config.draft.num_layers} layers" if config.kind == "dflash" else "adapters",
         "dtype": jnp.dtype(compute_dtype(config)).name,
         "mesh": dict(jax.sharding.get_mesh().shape),
         "target_runs": config.data.taps is None,

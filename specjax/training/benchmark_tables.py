@@ -13,8 +13,9 @@ SIDES = {"specjax": "specjax", "ranges": "PyTorch, two ranges", "dense": "PyTorc
 
 
 def tables(report: Mapping[str, Any]) -> list[Table]:
-    """The step, its parts, and the comparison with PyTorch where there is one."""
-    printed = [("training step", ["value"], _step_rows(report)), _parts(report)]
+    """The step, its parts where they were timed, and the comparison with PyTorch where there is one."""
+    printed: list[Table] = [("training step", ["value"], _step_rows(report))]
+    printed += [_parts(report)] if "parts_s" in report else []
     return printed if "torch" not in report else [*printed, _torch(report["torch"])]
 
 
@@ -22,7 +23,7 @@ def _step_rows(report: Mapping[str, Any]) -> list[Row]:
     states = "target runs" if report["target_runs"] else "captured states"
     shape = (
         f"{report['batch_size']} rows of {report['max_length']} tokens, {report['num_anchors']} anchors, block "
-        f"{report['block_size']}, {report['draft_layers']} layers, {report['dtype']}, {states}"
+        f"{report['block_size']}, {report['draft']}, {report['dtype']}, {states}"
     )
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
     rows: list[Row] = [
@@ -37,8 +38,10 @@ def _step_rows(report: Mapping[str, Any]) -> list[Row]:
     ]
     if report["mfu"] is not None:
         rows.append(("MFU", f"{report['mfu']:.3f} of {report['peak_flops'] / 1e12:.0f} TFLOP/s"))
-    scores = report["context_scores"]
-    rows.append(("context scores", f"{scores['scored']:.0%} of slots x keys computed, {scores['visible']:.0%} visible"))
+    if "context_scores" in report:
+        scores = report["context_scores"]
+        computed = f"{scores['scored']:.0%} of slots x keys computed, {scores['visible']:.0%} visible"
+        rows.append(("context scores", computed))
     rows.append(("FLOPs a step", f"{report['flops_per_step']:.3e} = {report['flops_formula']}"))
     if "memory_peak_bytes" in report:
         arguments, temporaries, peak = (

@@ -176,9 +176,9 @@ def _head_loss(
     final: jax.Array | None,
 ) -> jax.Array:
     """The loss from the draft's hidden states [b, N, B, d] and, for a teacher, the target's [b, t, d]."""
-    _, labels = loss.blocks(draft, batch)
+    _, labels, supervised = loss.blocks(draft, batch)
     teacher = None if final is None else Teacher(final, batch["anchors"])
-    return loss.of_hidden(hidden, target, labels, loss.slots(draft, batch), teacher).loss_sum
+    return loss.of_hidden(hidden, target, labels, supervised, teacher).loss_sum
 
 
 def _optimizer(config: RunConfig, state: TrainState[DFlashDraft]) -> Part:

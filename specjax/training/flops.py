@@ -8,6 +8,8 @@ import jax
 
 from specjax.models.decoder import BlockConfig, DecoderConfig
 from specjax.models.dflash import DFlashConfig
+from specjax.models.lora import LoRAConfig
+from specjax.models.lora_draft import LoRADraftConfig
 
 # Dense bf16 peak of one device in TFLOP/s, by the vendors' data sheets, keyed by `jax.Device.device_kind`.
 PEAK_TFLOPS = {
@@ -28,6 +30,10 @@ PEAK_TFLOPS = {
 
 DFLASH_FORMULA = (
     "2*N_target*T + 4*pairs_target (forward only; 0 with data.taps) + 6*N_layers*N*B + 6*(fc + context k/v)*S + "
+    "4*V*H*rows (frozen head; 6 with a teacher) + 12*pairs_draft*heads*head_dim; recompute excluded"
+)
+LORA_FORMULA = (
+    "2*N_target*T + 4*pairs_target (forward only) + 4*N_layers*N*B (frozen) + 6*N_adapters*N*B + "
     "4*V*H*rows (frozen head; 6 with a teacher) + 12*pairs_draft*heads*head_dim; recompute excluded"
 )
 CAUSAL_LM_FORMULA = "6*N*T + 12*pairs*heads*head_dim; recompute excluded"
@@ -58,25 +64,57 @@ def dflash_step_flops(
     """
     rows, length = shape.batch_size, shape.max_length
     layers = target.num_hidden_layers if teacher else max(draft.target_layer_ids) + 1
-    layers = layers if runs_target else 0
-    target_matrices = 2.0 * layers * layer_parameters(target.block) * rows * length
-    target_attention = 4.0 * layers * rows * length**2 / 2 * target.num_attention_heads * target.head_dim
     slots = rows * shape.num_anchors * draft.block_size
     draft_matrices = 6.0 * draft.num_hidden_layers * layer_parameters(draft.block) * slots
     fused = len(draft.target_layer_ids) * draft.hidden_size**2
     context_kv = draft.num_hidden_layers * 2 * draft.hidden_size * draft.num_key_value_heads * draft.head_dim
     context = 6.0 * (fused + context_kv) * rows * length
-    head = (
-        (6.0 if teacher else 4.0)
-        * draft.vocab_size
-        * draft.hidden_size
-        * slots
-        * (draft.block_size - 1)
-        / draft.block_size
-    )
+    head = _head_flops(draft.vocab_size, draft.hidden_size, draft.block_size, shape, teacher)
     pairs = slots * (length / 2 + draft.block_size) * draft.num_hidden_layers
     attention = 12.0 * pairs * draft.num_attention_heads * draft.head_dim
-    return target_matrices + target_attention + draft_matrices + context + head + attention
+    return _forward_flops(target, layers if runs_target else 0, shape) + draft_matrices + context + head + attention
+
+
+def lora_step_flops(target: DecoderConfig, draft: LoRADraftConfig, shape: StepShape, *, teacher: bool = False) -> float:
+    """FLOPs of one step by `LORA_FORMULA`: the target over the context, and forward and backward over the blocks.
+
+    The frozen matrices have no gradient of their own: they cost two thirds of trained ones. With `adapt_context` the
+    adapted pass over the context is trained too.
+    """
+    rows, length, layers = shape.batch_size, shape.max_length, target.num_hidden_layers
+    slots = rows * shape.num_anchors * draft.block_size
+    frozen, trained = layer_parameters(target.block), adapter_parameters(target.block, draft.lora)
+    per_token = layers * (4.0 * frozen + 6.0 * trained)
+    heads = 12.0 * layers * target.num_attention_heads * target.head_dim
+    total = per_token * slots + heads * slots * (length / 2 + draft.block_size)
+    if draft.adapt_context:
+        total += per_token * rows * length + heads * rows * length**2 / 2
+    if teacher or not draft.adapt_context:
+        total += _forward_flops(target, layers, shape)
+    return total + _head_flops(target.vocab_size, target.hidden_size, draft.block_size, shape, teacher)
+
+
+def adapter_parameters(block: BlockConfig, lora: LoRAConfig) -> int:
+    """Parameters of one layer's adapters."""
+    d, inner = block.hidden_size, block.intermediate_size
+    queries, keys = block.num_attention_heads * block.head_dim, block.num_key_value_heads * block.head_dim
+    sizes = {"q_proj": (d, queries), "k_proj": (d, keys), "v_proj": (d, keys), "o_proj": (queries, d)}
+    sizes |= {"gate_proj": (d, inner), "up_proj": (d, inner), "down_proj": (inner, d)}
+    return lora.r * sum(sum(sizes[name]) for name in lora.target_modules)
+
+
+def _forward_flops(target: DecoderConfig, layers: int, shape: StepShape) -> float:
+    """The first `layers` of the target over the rows, without its head."""
+    tokens, pairs = shape.batch_size * shape.max_length, shape.batch_size * shape.max_length**2 / 2
+    return layers * (
+        2.0 * layer_parameters(target.block) * tokens + 4.0 * pairs * target.num_attention_heads * target.head_dim
+    )
+
+
+def _head_flops(vocab_size: int, hidden_size: int, block_size: int, shape: StepShape, teacher: bool) -> float:
+    """The frozen head over the blocks, forward and backward, and forward over the teacher's states."""
+    predicted = shape.batch_size * shape.num_anchors * (block_size - 1)
+    return (6.0 if teacher else 4.0) * vocab_size * hidden_size * predicted
 
 
 def causal_lm_step_flops(config: DecoderConfig, shape: StepShape) -> float:

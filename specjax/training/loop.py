@@ -27,7 +27,7 @@ from specjax.training.step import Batch
 
 Model = TypeVar("Model", bound=nnx.Module)
 HostBatch = dict[str, np.ndarray]
-DEVICE_FIELDS = ("input_ids", "loss_mask", "document_ids", "anchors", "anchor_valid", "revealed", "states")
+DEVICE_FIELDS = ("input_ids", "loss_mask", "document_ids", "anchors", "anchor_valid", "shown", "states")
 SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf", "learning_rate", "grad_norm", "tokens_per_s", "mfu")
 EVALUATION_SHOWN = ("loss", "perplexity", "acc@1", "acceptance_length_tf", "acceptance_length", "repeated_4grams")
 

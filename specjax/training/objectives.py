@@ -15,9 +15,12 @@ from specjax.blockdiff.noise import block_inputs
 from specjax.blockdiff.terms import needs_teacher
 from specjax.models.decoder import Decoder, DecoderOutput
 from specjax.models.dflash import DFlashDraft
+from specjax.models.lora_draft import LoRADraft
 from specjax.training.step import Batch, LossSums
 
 LM_CHUNK = 64  # tokens of a row whose logits exist at a time
+
+Draft = DFlashDraft | LoRADraft
 
 
 @dataclass(frozen=True, eq=False)  # hashed as an object: a mapping has no hash
@@ -33,73 +36,79 @@ class BlockDiffusionLoss:
     query_chunk: int
     remat: bool
 
-    def __call__(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[jax.Array, LossSums]:
-        """The objective on the data's tokens: (sum of weighted losses, sums). The batch's `states` spare the target."""
-        noise_ids, labels = self.blocks(draft, batch)
-        taps: jax.Array | None
-        if "states" in batch:
-            taps, final = jnp.split(
-                batch["states"], [len(draft.config.target_layer_ids) * draft.config.hidden_size], -1
-            )
-        else:
-            output = self.run_target(draft, target, batch)
-            taps, final = output.taps, output.hidden
-        teacher = Teacher(final, batch["anchors"]) if needs_teacher(self.objective) else None
-        sums = self._sums(draft, target, batch, taps, noise_ids, labels, teacher)
-        covered = covered_tokens(self.slots(draft, batch), batch["anchors"], batch["loss_mask"].shape[1])
+    def __call__(self, draft: Draft, target: Decoder, batch: Batch) -> tuple[jax.Array, LossSums]:
+        """The objective on the data's tokens: (sum of weighted losses, sums).
+
+        The batch's `states` spare a DFlash draft the target's pass; a `dropout_key` drops out what adapters see.
+        """
+        noise_ids, labels, supervised = self.blocks(draft, batch)
+        output = _captured(draft, batch["states"]) if "states" in batch else self.run_target(draft, target, batch)
+        teacher = Teacher(output.hidden, batch["anchors"]) if needs_teacher(self.objective) else None
+        hidden = self.block_hidden(draft, target, batch, output, noise_ids)
+        sums = self.of_hidden(hidden, target, labels, supervised, teacher)
+        covered = covered_tokens(supervised, batch["anchors"], batch["loss_mask"].shape[1])
         counts = {"covered": covered.sum(dtype=jnp.float32), "coverable": batch["loss_mask"].sum(dtype=jnp.float32)}
         return sums.loss_sum, LossSums(sums.weight_sum, statistics(sums) | counts)
 
-    def against_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> BlockLoss:
+    def against_target(self, draft: Draft, target: Decoder, batch: Batch) -> BlockLoss:
         """The same sums with the target's own greedy choice at every slot as the label (teacher forcing)."""
-        noise_ids, _ = self.blocks(draft, batch)
+        noise_ids, _, supervised = self.blocks(draft, batch)
         output = self.run_target(draft, target, batch)
         labels = greedy_labels(target, output.hidden, batch["anchors"], draft.config.block_size, self.chunk_blocks)
-        teacher = Teacher(output.hidden, batch["anchors"])
-        return self._sums(draft, target, batch, output.taps, noise_ids, labels, teacher)
+        hidden = self.block_hidden(draft, target, batch, output, noise_ids)
+        return self.of_hidden(hidden, target, labels, supervised, Teacher(output.hidden, batch["anchors"]))
 
-    def blocks(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Noise ids and labels, [b, N, B]."""
+    def blocks(self, draft: Draft, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Noise ids, labels and supervised slots, each [b, N, B]."""
         config = draft.config
-        shown, _ = self._shown_and_supervised(draft, batch)
-        return block_inputs(batch["input_ids"], batch["anchors"], config.block_size, config.mask_token_id, shown)
-
-    def slots(self, draft: DFlashDraft, batch: Batch) -> jax.Array:
-        """The supervised slots, bool [b, N, B]."""
-        return self._shown_and_supervised(draft, batch)[1]
-
-    def _shown_and_supervised(self, draft: DFlashDraft, batch: Batch) -> tuple[jax.Array | None, jax.Array]:
-        mask = slot_mask(
+        supervised = slot_mask(
             batch["loss_mask"],
             batch["document_ids"],
             batch["anchors"],
             batch["anchor_valid"],
-            draft.config.block_size,
+            config.block_size,
             cumulative=self.cumulative_mask,
         )
-        return reveal(mask, batch["revealed"]) if "revealed" in batch else (None, mask)
+        shown = batch.get("shown")
+        if shown is None and isinstance(draft, LoRADraft) and draft.config.masked_anchor == 1:
+            shown = jnp.zeros_like(supervised)  # it was never shown one
+        if shown is not None:
+            shown, supervised = reveal(supervised, shown)
+        ids = block_inputs(batch["input_ids"], batch["anchors"], config.block_size, config.mask_token_id, shown)
+        return *ids, supervised
 
-    def run_target(self, draft: DFlashDraft, target: Decoder, batch: Batch) -> DecoderOutput:
-        return run_target(target, batch, draft.config.target_layer_ids, self.query_chunk)
+    def run_target(self, draft: Draft, target: Decoder, batch: Batch) -> DecoderOutput:
+        """What the draft's context is made of, and what its teacher says."""
+        if isinstance(draft, DFlashDraft):
+            return run_target(target, batch, draft.config.target_layer_ids, self.query_chunk)
+        return run_target(target, batch, (), self.query_chunk, keep_keys=True)
 
-    def _sums(
-        self,
-        draft: DFlashDraft,
-        target: Decoder,
-        batch: Batch,
-        taps: jax.Array | None,
-        noise_ids: jax.Array,
-        labels: jax.Array,
-        teacher: Teacher | None,
-    ) -> BlockLoss:
-        documents, anchors = batch["document_ids"], batch["anchors"]
-        assert taps is not None
-        positions = jnp.arange(documents.shape[1], dtype=jnp.int32) - document_starts(documents)
-        context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(taps)), positions)
-        start, stop = context_ranges(documents, anchors)
+    def block_hidden(
+        self, draft: Draft, target: Decoder, batch: Batch, output: DecoderOutput, noise_ids: jax.Array
+    ) -> jax.Array:
+        """The draft's final hidden states [b, N, B, d]; `output` is of `run_target`."""
+        documents = batch["document_ids"]
+        ranges = context_ranges(documents, batch["anchors"])
         noise = draft.embed_noise(target, noise_ids)
-        hidden = draft(noise, context_kv, start, stop, remat=self.remat, query_chunk=self.query_chunk)
-        return self.of_hidden(hidden, target, labels, self.slots(draft, batch), teacher)
+        how: Any = {"remat": self.remat, "query_chunk": self.query_chunk}
+        if isinstance(draft, DFlashDraft):
+            assert output.taps is not None
+            positions = jnp.arange(documents.shape[1], dtype=jnp.int32) - document_starts(documents)
+            context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(output.taps)), positions)
+            return draft(noise, context_kv, *ranges, **how)
+        key = batch.get("dropout_key")
+        if draft.config.adapt_context:
+            output = target(
+                batch["input_ids"],
+                document_start_bt=document_starts(documents),
+                adapters=draft.adapters,
+                dropout_key=None if key is None else jax.random.fold_in(key, 1),
+                keep_keys=True,
+                **how,
+            )
+        assert output.cache is not None
+        context_kv = tuple(zip(output.cache.keys, output.cache.values, strict=True))
+        return draft(target, noise, context_kv, *ranges, dropout_key=key, **how)
 
     def of_hidden(
         self, hidden: jax.Array, target: Decoder, labels: jax.Array, slots: jax.Array, teacher: Teacher | None
@@ -119,10 +128,21 @@ class BlockDiffusionLoss:
         )
 
 
-def run_target(target: Decoder, batch: Batch, tap_ids: tuple[int, ...], query_chunk: int) -> DecoderOutput:
+def run_target(
+    target: Decoder, batch: Batch, tap_ids: tuple[int, ...], query_chunk: int, *, keep_keys: bool = False
+) -> DecoderOutput:
     """The target over packed rows, none of whose documents sees another."""
     starts = document_starts(batch["document_ids"])
-    return target(batch["input_ids"], document_start_bt=starts, tap_ids=tap_ids, query_chunk=query_chunk)
+    return target(
+        batch["input_ids"], document_start_bt=starts, tap_ids=tap_ids, keep_keys=keep_keys, query_chunk=query_chunk
+    )
+
+
+def _captured(draft: Draft, states: jax.Array) -> DecoderOutput:
+    """The target's output from `states` [b, t, m + d]."""
+    assert isinstance(draft, DFlashDraft)
+    taps, final = jnp.split(states, [len(draft.config.target_layer_ids) * draft.config.hidden_size], -1)
+    return DecoderOutput(final, taps, None)
 
 
 def statistics(sums: BlockLoss) -> dict[str, jax.Array]:

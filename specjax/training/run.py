@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from specjax.blockdiff.noise import RevealedPrefix
+from specjax.blockdiff.anchors import PureContext
+from specjax.blockdiff.noise import BlockNoise
 from specjax.config import RunConfig, dump_config, load_config
 from specjax.config_messages import shown
 from specjax.data.pipeline import TrainingData, fixed_batches, fixed_prompts
@@ -62,7 +63,7 @@ def train(config: RunConfig, *, generate: Generate | None = None, resume: bool =
     _on_first_process(lambda: _check_output(run, config, resume))
     with mesh_of(config), matmul_precision(compute_dtype(config)):
         records = open_data(config)  # before the target, whose loading may take minutes
-        task = draft_task(config) if config.kind == "dflash" else causal_lm_task(config)
+        task = causal_lm_task(config) if config.kind == "causal_lm" else draft_task(config)
         data, validation = read_data(config, task, records)
         total = config.training.steps or data.num_steps
         assert total is not None
@@ -70,7 +71,7 @@ def train(config: RunConfig, *, generate: Generate | None = None, resume: bool =
         _on_first_process(lambda: _write_files(run, config, files))
         answers = held_out_answers(config, records, generate) if validation and generate is not None else None
         evaluate = task.evaluator(validation, answers) if validation else None
-        warnings = answer_warnings(config, records) if config.kind == "dflash" else []
+        warnings = [] if config.kind == "causal_lm" else answer_warnings(config, records)
         _fit(config, run, task, data, evaluate, total, warnings)
     return run
 
@@ -109,7 +110,7 @@ def _fit(
                 writer.say(f"mfu: {plan.flops_per_step:.3e} FLOPs a step = {task.flops_formula}")
             loop = Loop(
                 plan=plan,
-                step=make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay),
+                step=make_train_step(task.loss, optimizer, schedule, config.optimizer.ema_decay, task.dropout_seed),
                 frozen=task.frozen,
                 checkpoints=checkpoints,
                 writer=writer,
@@ -152,7 +153,8 @@ def read_data(config: RunConfig, task: Task, records: RunData) -> tuple[Training
         epochs=None if config.training.steps else config.training.epochs,
         packing=config.data.packing,
         taps=taps,
-        revealed=revealed_prefix(config),
+        noise=block_noise(config),
+        context=PureContext(config.data.context_len, config.data.context_ratio),
         process_index=share,
         process_count=shares,
     )
@@ -170,19 +172,19 @@ def read_data(config: RunConfig, task: Task, records: RunData) -> tuple[Training
     return data, validation
 
 
-def revealed_prefix(config: RunConfig) -> RevealedPrefix | None:
+def block_noise(config: RunConfig) -> BlockNoise | None:
+    """What the training blocks show but for their anchors; None: nothing, and every anchor."""
     noise = config.noise
-    if noise.revealed == "none":
+    if noise.revealed == "none" and not config.lora.masked_anchor:
         return None
-    value = noise.fraction if noise.revealed == "fraction" else noise.probability
-    assert value is not None
-    return RevealedPrefix(noise.revealed, value, config.draft.block_size)
+    value = noise.fraction or noise.probability or 0.0
+    return BlockNoise(noise.revealed, value, config.draft.block_size, config.lora.masked_anchor)
 
 
 def held_out_answers(config: RunConfig, records: RunData, generate: Generate) -> Answers | None:
     """The validation prompts that evaluation answers; None for a decoder and for evaluation.prompts 0."""
     settings = config.evaluation
-    if config.kind != "dflash" or not settings.prompts:
+    if config.kind == "causal_lm" or not settings.prompts:
         return None
     assert records.validation is not None
     limit = read_target_config(config.target.path).max_position_embeddings

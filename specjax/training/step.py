@@ -38,13 +38,15 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     ema_decay: float | None = None,
+    dropout_seed: int | None = None,
 ) -> Callable[[TrainState[Model], Any, Batch], tuple[TrainState[Model], dict[str, jax.Array]]]:
     """Returns a jitted `step(state, frozen, batch) -> (state, metrics)` that donates `state`.
 
     `batch` leaves are [micro-batches, rows, ...]. Gradients of the loss *sums* are accumulated and divided once by
     the sum of weights of the whole global batch, so a step does not depend on how the batch is split over devices
     and micro-batches. A batch without any weight leaves the parameters' gradient at zero. `ema_decay` is that of the
-    state's average, which must exist if it is given.
+    state's average, which must exist if it is given. With `dropout_seed` every micro-batch gets a `dropout_key`, a
+    function of that seed, the step and the micro-batch's place.
     """
 
     def gradients(model: Model, frozen: Any, batch: Batch) -> tuple[Any, jax.Array, LossSums]:
@@ -63,6 +65,9 @@ def make_train_step(
         return jax.lax.scan(micro_step, zeros, batch)[0]
 
     def step(state: TrainState[Model], frozen: Any, batch: Batch) -> tuple[TrainState[Model], dict[str, jax.Array]]:
+        if dropout_seed is not None:
+            key = jax.random.fold_in(jax.random.key(dropout_seed), state.step)
+            batch = batch | {"dropout_key": jax.random.split(key, next(iter(batch.values())).shape[0])}
         grads, loss, sums = gradients(state.model, frozen, batch)
         scale = 1.0 / jnp.maximum(sums.weight, jnp.finfo(jnp.float32).tiny)
         grads = jax.tree.map(lambda g: g * scale, grads)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from specjax.config import RunConfig
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
+from specjax.models.lora_draft import LoRADraft, LoRADraftConfig
 from specjax.models.sharding import BATCH, axis_size
 from specjax.training import flops
 from specjax.training.evaluation import Answers, causal_lm_evaluator, draft_evaluator
@@ -24,21 +26,26 @@ from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.training.step import LossFunction
 from specjax.training.warm_start import grown_config, initial_config, warm_started
 from specjax.weights import (
+    adapter_config_from_peft,
     decoder_config_to_hf,
     draft_config_to_hf,
     load_target,
+    lora_draft_config_to_json,
     model_folder,
     read_target_config,
     target_digest,
     target_fingerprint,
 )
+from specjax.weights.config_fields import read_json
+from specjax.weights.fingerprint import FINGERPRINT_FILE
 from specjax.weights.load import CONFIG_FILE as MODEL_CONFIG_FILE
-from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_TARGET_CONFIG
+from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_LORA_BASE, RUN_TARGET_CONFIG
 from specjax.weights.side_files import unshaping_fields
 from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
 
 TARGET_FILE = "target.json"
 LOGITS_BYTES = 2**28
+PEFT_WORDS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")  # of the section lora
 
 
 @dataclass(frozen=True)
@@ -53,24 +60,26 @@ class Task:
     flops_formula: str
     num_anchors: int | None
     files: dict[str, Any]
+    dropout_seed: int | None = None
 
 
 def draft_task(config: RunConfig) -> Task:
     """A fresh draft on the mesh in force, with the frozen target that teaches it, and the files that record both."""
     check_mesh(read_target_config(config.target.path))
     target = load_target(config.target.path, dtype=compute_dtype(config))
-    task, draft = draft_task_of(config, target), draft_config_of(config)
+    task = draft_task_of(config, target)
     tokenizer = load_tokenizer(config.target.path)
     fingerprint = target_fingerprint(
         target,
         chat_template=None if tokenizer is None else tokenizer.get_chat_template() if tokenizer.chat_template else None,
         thinking=json.dumps(config.data.chat_template_kwargs, sort_keys=True),
     )
-    files = {
-        RUN_DRAFT_CONFIG: draft_config_to_hf(draft),
-        "specjax.json": fingerprint.to_json(),
-        TARGET_FILE: {"digest": target_digest(config.target.path)},
-    }
+    files = {FINGERPRINT_FILE: fingerprint.to_json(), TARGET_FILE: {"digest": target_digest(config.target.path)}}
+    if isinstance(task.model, LoRADraft):
+        files[RUN_DRAFT_CONFIG] = lora_draft_config_to_json(task.model.config)
+        files[RUN_LORA_BASE] = decoder_config_to_hf(target.config)
+    else:
+        files[RUN_DRAFT_CONFIG] = draft_config_to_hf(draft_config_of(config))
     return replace(task, files=files)
 
 
@@ -79,7 +88,6 @@ def draft_task_of(config: RunConfig, target: Decoder, *, load_init: bool = True)
 
     load_init: give the draft the weights of `draft.init`, where that is set, and not only its shape.
     """
-    draft_config = draft_config_of(config)
     loss = BlockDiffusionLoss(
         objective=config.loss.objective,
         weighting=config.loss.weighting,
@@ -90,22 +98,29 @@ def draft_task_of(config: RunConfig, target: Decoder, *, load_init: bool = True)
         query_chunk=config.training.attention_chunk,
         remat=config.training.remat,
     )
-    model = random_draft(draft_config, target, config.seed, compute_dtype(config))
+    teacher, shape = needs_teacher(config.loss.objective), _shape(config)
+    model: DFlashDraft | LoRADraft
+    if config.kind == "lora":
+        lora = lora_draft_config_of(config)
+        model = random_lora_draft(lora, target, config.seed)
+        step_flops, formula = flops.lora_step_flops(target.config, lora, shape, teacher=teacher), flops.LORA_FORMULA
+    else:
+        dflash, runs_target = draft_config_of(config), config.data.taps is None
+        model = random_draft(dflash, target, config.seed, compute_dtype(config))
+        if config.draft.init and load_init:
+            model = warm_started(model, target, config.draft.init)
+        step_flops = flops.dflash_step_flops(target.config, dflash, shape, runs_target=runs_target, teacher=teacher)
+        formula = flops.DFLASH_FORMULA
     return Task(
-        model=warm_started(model, target, config.draft.init) if config.draft.init and load_init else model,
+        model=model,
         loss=loss,
         frozen=target,
         evaluator=lambda batches, answers: draft_evaluator(loss, target, batches, answers),
-        flops_per_step=flops.dflash_step_flops(
-            target.config,
-            draft_config,
-            _shape(config),
-            runs_target=config.data.taps is None,
-            teacher=needs_teacher(config.loss.objective),
-        ),
-        flops_formula=flops.DFLASH_FORMULA,
+        flops_per_step=step_flops,
+        flops_formula=formula,
         num_anchors=config.data.num_anchors,
         files={},
+        dropout_seed=config.seed if isinstance(model, LoRADraft) and model.config.lora.dropout else None,
     )
 
 
@@ -130,6 +145,48 @@ def random_draft(config: DFlashConfig, target: Decoder, seed: int, dtype: Any) -
     return make(target)
 
 
+def random_lora_draft(config: LoRADraftConfig, target: Decoder, seed: int) -> LoRADraft:
+    """Adapters without effect; a mask embedding of the draft's own starts as the mean of `target`'s rows."""
+
+    @jax.jit
+    def make(target: Decoder) -> LoRADraft:
+        draft = LoRADraft(config, target.config, rngs=nnx.Rngs(seed))
+        if draft.mask_embedding is not None:
+            draft.mask_embedding[...] = target.embed_tokens.mean()
+        return draft
+
+    return make(target)
+
+
+def lora_draft_config_of(config: RunConfig) -> LoRADraftConfig:
+    """The LoRA draft of a run: the section's settings, or the PEFT file that it names, for the config's target."""
+    target, own, section = read_target_config(config.target.path), config.draft.mask_embedding == "own", config.lora
+    if section.peft_config is None:
+        source, words = "lora", section.model_dump(mode="json", include={*PEFT_WORDS})
+        raw = words | {"peft_type": "LORA"}
+    else:
+        source, raw = section.peft_config, read_json(Path(section.peft_config))
+    adapters = adapter_config_from_peft(raw, source, target)
+    try:
+        return LoRADraftConfig(
+            adapters,
+            block_size=config.draft.block_size,
+            mask_token_id=_mask_token(config, target, own=own),
+            own_mask_embedding=own,
+            masked_anchor=section.masked_anchor,
+            adapt_context=section.adapt_context,
+        )
+    except ValueError as error:
+        raise InputError(f"draft: {error}") from error
+
+
+def _mask_token(config: RunConfig, target: DecoderConfig, *, own: bool) -> int:
+    """Raises ValueError where there is none."""
+    path = config.target.path
+    tokenizer, stops = load_tokenizer(path), stop_token_ids(path)
+    return resolve_mask_token_id(config.draft.mask_token_id, tokenizer, target.vocab_size, stops, own=own)
+
+
 def draft_config_of(config: RunConfig) -> DFlashConfig:
     """The draft's architecture: the config's settings, completed from the target's and from that of `draft.init`."""
     target = read_target_config(config.target.path)
@@ -142,13 +199,7 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
             target,
             num_layers=draft.num_layers,
             block_size=draft.block_size,
-            mask_token_id=resolve_mask_token_id(
-                draft.mask_token_id,
-                load_tokenizer(config.target.path),
-                target.vocab_size,
-                stop_token_ids(config.target.path),
-                own=own,
-            ),
+            mask_token_id=_mask_token(config, target, own=own),
             target_layer_ids=tuple(taps),
             sliding_window=draft.sliding_window,
             own_mask_embedding=own,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specjax.blockdiff.anchors import draw_anchors
+from specjax.blockdiff.anchors import PureContext, draw_anchors, sample_generator
 
 CHI_SQUARE_999_OF_19 = 43.82  # 0.999 quantile of chi-square with 19 degrees of freedom
 
@@ -121,6 +121,26 @@ def test_many_short_documents_never_exceed_the_anchors(long_first: bool):
         # The minimum of one outlives the large shares: only when nothing else is left does a document go without.
         assert per_document.max() == 1 or per_document.min() == 1
         assert (per_document >= 1).sum() == min(n, documents + 1)
+
+
+def test_the_first_part_of_every_document_starts_no_block():
+    """Its length is the greater of both settings'; the share is each document's own, and drawn anew in each epoch."""
+    loss_mask, documents = row("1" * 40, "1" * 30, "1" * 6, padding=4)
+    context, starts, lengths = PureContext(8, (0.2, 0.8)), [0, 40, 70], [40, 30, 6]
+    shares = []
+    for epoch in range(40):
+        drawn = {"seed": 3, "epoch": epoch, "sample_ids": [11, 12, 13]}
+        anchors, valid = draw_anchors(loss_mask, documents, 80, **drawn, context=context)
+        chosen = anchors[valid]
+        for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            share = 0.2 + 0.6 * sample_generator(3, epoch, 11 + i, stream=2).random()
+            skipped = max(8, int(np.ceil(share * length)))
+            own = chosen[(chosen >= start) & (chosen < start + length)]
+            candidates = list(range(start + skipped, start + length - 1))
+            assert set(own.tolist()) <= set(candidates)
+            assert len(own) == min(len(candidates), length)
+            shares.append(skipped / length)
+    assert np.ptp(shares[::3]) > 0.5
 
 
 def test_inputs_that_cannot_be_meant_are_refused():

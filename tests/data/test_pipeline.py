@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from specjax.blockdiff.anchors import draw_anchors
-from specjax.blockdiff.noise import RevealedPrefix, draw_revealed
+from specjax.blockdiff.anchors import PureContext, draw_anchors
+from specjax.blockdiff.noise import BlockNoise, draw_shown
 from specjax.data.chat_template import ChatTokenizer
 from specjax.data.conversations import parse_record
 from specjax.data.pipeline import TokenizedExamples, TrainingData, fixed_batches, read_examples
@@ -286,19 +286,28 @@ def test_a_bad_line_met_while_training_raises_from_the_stream(tmp_path):
         next(batches)
 
 
-def test_revealed_lengths_are_drawn_for_the_samples_of_a_row():
-    prefix = RevealedPrefix("geometric", 0.6, 8)
-    batches = list(TrainingData(make_source(11), **OPTIONS, revealed=prefix).batches(0))
+def test_noise_is_drawn_for_the_samples_of_a_row():
+    noise = BlockNoise("geometric", 0.6, 8, 0.5)
+    batches = list(TrainingData(make_source(11), **OPTIONS, noise=noise).batches(0))
     for step, batch in enumerate(batches):
-        assert batch["revealed"].dtype == np.int32
+        assert batch["shown"].dtype == bool
         for row, sample in enumerate(sample_ids(batch)):
-            expected = draw_revealed(
-                prefix,
+            expected = draw_shown(
+                noise,
                 batch["anchors"][row],
                 batch["document_ids"][row],
                 seed=7,
                 epoch=(4 * step + row) // 11,
                 sample_ids=[sample],
             )
-            np.testing.assert_array_equal(batch["revealed"][row], expected)
-    assert np.unique(np.concatenate([batch["revealed"] for batch in batches])).size > 2
+            np.testing.assert_array_equal(batch["shown"][row], expected)
+    assert len({tuple(block) for batch in batches for row in batch["shown"] for block in row.tolist()}) > 4
+
+
+def test_no_block_starts_in_the_pure_context():
+    for batch in TrainingData(make_source(11), **OPTIONS, context=PureContext(length=6)).batches(0):
+        assert (batch["anchors"][batch["anchor_valid"]] >= 6).all()
+        assert not batch["anchor_valid"][batch["document_ids"].sum(1) <= 7].any()
+        assert batch["loss_mask"][:, 3].any(), "it is learnt, where a block before it reaches there"
+    with pytest.raises(InputError, match=r"none of the first 11 rows .*context_len"):
+        TrainingData(make_source(11), **OPTIONS, context=PureContext(length=12))

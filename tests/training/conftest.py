@@ -4,12 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from specjax.models.sharding import mesh_scope
 from specjax.training.loop import Loop
-from specjax.weights import flat_params
-from tests.training.tiny import raw_run, save_tiny_target, train, write_rows
+from specjax.weights import flat_params, save_target
+from tests.training.block_reference import Case, make_case
+from tests.training.tiny import TARGET_SHAPE, VOCABULARY, raw_run, save_tiny_target, train, write_rows
+from tests.weights.tiny import raw_config, tiny_decoder
 
 
 class FinishedRun(NamedTuple):
@@ -57,3 +61,25 @@ def finished_run(
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     yield FinishedRun(folder, params)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.fixture(scope="module")
+def one_device_mesh() -> Iterator[None]:
+    with mesh_scope():
+        yield
+
+
+@pytest.fixture(scope="session")
+def few_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target that mostly says one of four tokens: a random draft is then right often enough to be measured."""
+    with mesh_scope():
+        decoder = tiny_decoder(raw_config(**TARGET_SHAPE))
+        decoder.lm_head.kernel[...] *= jnp.where(jnp.arange(VOCABULARY) < 4, 4.0, 1.0)
+        return save_target(decoder, tmp_path_factory.mktemp("few_words"), jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def rows_case(few_words: Path) -> Case:
+    """A random draft for `few_words`, and the rows of `block_reference`."""
+    with mesh_scope():
+        return make_case(few_words)

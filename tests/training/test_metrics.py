@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from converters.flax_to_hf import main as flax_to_hf
 from specjax.models.decoder import DecoderConfig
 from specjax.models.dflash import DFlashConfig
 from specjax.models.layers import RopeConfig
+from specjax.models.lora import LoRAConfig
+from specjax.models.lora_draft import LoRADraftConfig
 from specjax.training import loop
-from specjax.training.flops import StepShape, causal_lm_step_flops, dflash_step_flops
+from specjax.training.flops import StepShape, causal_lm_step_flops, dflash_step_flops, lora_step_flops
 from specjax.training.metrics import add, readable
 from specjax.weights import read_target_config
 from specjax.weights.tokenizer import stop_token_ids
@@ -140,6 +143,22 @@ def test_flops_of_a_step_by_hand() -> None:
     assert taught == captured + 2 * 1000 * 10 * 2 * 3 * 3
     whole_target = 2 * 6 * layer * tokens + 4 * 6 * (2 * 8 * 8 / 2) * 20
     assert dflash_step_flops(target, draft, StepShape(2, 8, 3), teacher=True) == taught + whole_target
+    lora = LoRADraftConfig(LoRAConfig(3, 1.0, target_modules=("k_proj", "down_proj")), block_size=4, mask_token_id=9)
+    adapters = 3 * (10 + 10) + 3 * (30 + 10)
+    parts = {
+        "frozen matrices, forward and backward to their input": 4 * 6 * layer * slots,
+        "adapters": 6 * 6 * adapters * slots,
+        "attention of the blocks, 4 context keys and 4 own ones": 12 * 6 * (slots * (4 + 4)) * 20,
+        "head": 4 * 1000 * 10 * 2 * 3 * 3,
+    }
+    alone = sum(parts.values())
+    assert lora_step_flops(target, lora, StepShape(2, 8, 3)) == alone + whole_target
+    taught = alone + whole_target + 2 * 1000 * 10 * 2 * 3 * 3
+    assert lora_step_flops(target, lora, StepShape(2, 8, 3), teacher=True) == taught
+    adapted = replace(lora, adapt_context=True)
+    context = (4 * 6 * layer + 6 * 6 * adapters) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20
+    assert lora_step_flops(target, adapted, StepShape(2, 8, 3)) == alone + context
+    assert lora_step_flops(target, adapted, StepShape(2, 8, 3), teacher=True) == taught + context
     expected = 6 * (6 * layer + 1000 * 10) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20
     assert causal_lm_step_flops(target, StepShape(2, 8, 3)) == expected
 

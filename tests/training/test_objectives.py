@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,160 +14,55 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from transformers import AutoModelForCausalLM
 
 from specjax.models.decoder import Decoder, DecoderOutput
-from specjax.models.dflash import DFlashConfig, DFlashDraft
-from specjax.models.sharding import SPECS, mesh_scope, put
+from specjax.models.dflash import DFlashDraft
+from specjax.models.sharding import SPECS, put
 from specjax.training import objectives
 from specjax.training.evaluation import causal_lm_evaluator, draft_evaluator
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
-from specjax.weights import load_target, save_target
-from tests.blockdiff.reference import softmax
 from tests.models.torch_weights import filled
-from tests.torch_draft import TorchDraft, randomised
-from tests.training.tiny import MASK_TOKEN, TARGET_SHAPE, VOCABULARY
-from tests.weights.tiny import raw_config, tiny_decoder
-
-ROWS, LENGTH, BLOCK, GAMMA = 2, 70, 4, 2.0
-# Row 0 packs two documents before its padding, row 1 is one document; the last anchor of each row is unused.
-DOCUMENTS = np.array([[1] * 9 + [2] * 40 + [0] * 21, [1] * 70], np.int32)
-STARTS = np.array([[0] * 9 + [9] * 40 + [49] * 21, [0] * 70], np.int32)
-ANCHORS = np.array([[3, 6, 11, 20, 26, 33, 0], [1, 7, 18, 40, 55, 67, 0]], np.int32)
-VALID = np.array([[True] * 6 + [False]] * 2)
-LOSS = BlockDiffusionLoss(
-    {"ce": 1.0}, "exp", GAMMA, None, cumulative_mask=True, chunk_blocks=2, query_chunk=16, remat=True
+from tests.training.block_reference import (
+    ANCHORS,
+    BLOCK,
+    DOCUMENTS,
+    LENGTH,
+    LOSS,
+    ROWS,
+    STARTS,
+    VALID,
+    Case,
+    Sums,
+    assert_close,
+    data_label,
+    loss_sums,
+    noise_ids,
+    scattered,
+    sums_of,
 )
+from tests.training.tiny import VOCABULARY
+
+pytestmark = pytest.mark.usefixtures("one_device_mesh")
 LM_LOSS = CausalLMLoss(query_chunk=16, remat=True)
 
-Sums = dict[str, np.ndarray]
+
+@pytest.fixture
+def case(rows_case: Case) -> Case:
+    return rows_case
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device_mesh() -> Iterator[None]:
-    with mesh_scope():
-        yield
-
-
-class Case(NamedTuple):
-    """The same models twice, and what the reference target says of the rows."""
-
-    target: Decoder
-    draft: DFlashDraft
-    batch: dict[str, jax.Array]
-    torch_draft: TorchDraft
-    tokens: np.ndarray
-    loss_mask: np.ndarray
-    taps: torch.Tensor
-    logits: np.ndarray
-    embedding: torch.Tensor
-    head: np.ndarray
-
-
-@pytest.fixture(scope="module")
-def few_words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A target that mostly says one of four tokens: a random draft is then right often enough to be measured."""
-    decoder = tiny_decoder(raw_config(**TARGET_SHAPE))
-    decoder.lm_head.kernel[...] *= jnp.where(jnp.arange(VOCABULARY) < 4, 4.0, 1.0)
-    return save_target(decoder, tmp_path_factory.mktemp("few_words"), jnp.float32)
-
-
-@pytest.fixture(scope="module")
-def case(few_words: Path) -> Case:
-    target = load_target(few_words, dtype=jnp.float32)
-    config = DFlashConfig.for_target(
-        target.config, num_layers=2, block_size=BLOCK, mask_token_id=MASK_TOKEN, target_layer_ids=(2, 0)
-    )
-    torch_draft = randomised(TorchDraft(config), seed=0)
-    draft = filled(lambda: DFlashDraft(config, rngs=nnx.Rngs(0), dtype=jnp.float32), torch_draft.state_dict())
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, np.where(rng.random((ROWS, LENGTH)) < 0.7, 4, 60)).astype(np.int32)
-    loss_mask = (rng.random((ROWS, LENGTH)) < 0.85) & (DOCUMENTS > 0)
-    loss_mask[np.arange(ROWS)[:, None], ANCHORS + 1] = True
-    arrays = (tokens, loss_mask, DOCUMENTS, ANCHORS, VALID)
-    names = ("input_ids", "loss_mask", "document_ids", "anchors", "anchor_valid")
-    batch = {name: put(x, SPECS.act_bt) for name, x in zip(names, arrays, strict=True)}
-    reference = AutoModelForCausalLM.from_pretrained(few_words, dtype=torch.float32)
-    taps = torch.zeros(ROWS, LENGTH, 2 * config.hidden_size)
-    logits = np.zeros((ROWS, LENGTH, config.vocab_size))
-    for row in range(ROWS):
-        for start in np.unique(STARTS[row][DOCUMENTS[row] > 0]):
-            span = np.flatnonzero((STARTS[row] == start) & (DOCUMENTS[row] > 0))
-            with torch.no_grad():
-                out = reference(torch.tensor(tokens[row, span])[None], output_hidden_states=True)
-            hidden = out.hidden_states
-            taps[row, span] = torch.cat([hidden[layer + 1][0] for layer in config.target_layer_ids], -1)
-            logits[row, span] = out.logits[0].double().numpy()
-    embedding = reference.get_input_embeddings().weight.detach()
-    head = reference.lm_head.weight.detach().double().numpy().T
-    return Case(target, draft, batch, torch_draft, tokens, loss_mask, taps, logits, embedding, head)
-
-
-def reference_sums(case: Case, label: Callable[[int, int], int], revealed: np.ndarray | None = None) -> Sums:
-    """The block loss's sums, slot by slot; `label(row, position)` is what a block is to predict there.
-
-    revealed: how many slots of a block after its anchor are shown, [b, N].
-    expected: of the leading slots accepted when drafts are sampled, at the overlap of draft and target.
-    """
-    revealed = np.zeros_like(ANCHORS) if revealed is None else revealed
-    noise_ids = np.full((ROWS, ANCHORS.shape[1], BLOCK), case.draft.config.mask_token_id)
-    noise_ids[..., 0] = np.take_along_axis(case.tokens, ANCHORS, 1)
-    for row, j in np.argwhere(VALID):
-        for k in range(1, revealed[row, j] + 1):
-            x = ANCHORS[row, j] + k
-            if x >= LENGTH or DOCUMENTS[row, x] != DOCUMENTS[row, x - k] or not case.loss_mask[row, x]:
-                break
-            noise_ids[row, j, k] = case.tokens[row, x]
+def reference_sums(case: Case, label: Callable[[int, int], int], shown: np.ndarray | None = None) -> Sums:
+    """The block loss's sums by the draft in PyTorch; arguments as `sums_of`'s."""
     start = np.take_along_axis(STARTS, ANCHORS, 1)
     with torch.no_grad():
-        inputs = (torch.tensor(np.arange(LENGTH) - STARTS), case.embedding[torch.tensor(noise_ids)])
+        inputs = (torch.tensor(np.arange(LENGTH) - STARTS), case.embedding[torch.tensor(noise_ids(case, shown))])
         hidden = case.torch_draft(case.taps, *inputs, torch.tensor(start), torch.tensor(ANCHORS))
-    logits = hidden.double().numpy() @ case.head
-    sums: Sums = {name: np.zeros(BLOCK) for name in ("correct", "supervised")}
-    sums |= {name: np.zeros(()) for name in ("loss_sum", "weight", "prefix", "expected", "blocks")}
-    covered: set[tuple[int, int]] = set()
-    for row, j in np.argwhere(VALID):
-        anchor, matching, prefix, reached, expected = ANCHORS[row, j], True, 1, 1.0, 1.0
-        for k in range(1, BLOCK):
-            x = anchor + k
-            if x >= LENGTH or DOCUMENTS[row, x] != DOCUMENTS[row, anchor] or not case.loss_mask[row, x]:
-                break
-            if k <= revealed[row, j]:
-                continue
-            scores, wanted = logits[row, j, k], label(row, x)
-            weight = math.exp(-(k - 1) / GAMMA)
-            sums["loss_sum"] += weight * (np.log(np.exp(scores).sum()) - scores[wanted])
-            sums["weight"] += weight
-            covered.add((row, x))
-            sums["supervised"][k] += 1
-            sums["correct"][k] += scores.argmax() == wanted
-            matching = matching and scores.argmax() == wanted
-            prefix += matching
-            reached *= np.minimum(softmax(scores), softmax(case.logits[row, x - 1])).sum()
-            expected += reached
-        else:
-            k = BLOCK
-        supervised = k > 1 + revealed[row, j]
-        sums["blocks"] += supervised
-        sums["prefix"] += prefix if supervised else 0
-        sums["expected"] += expected if supervised else 0
-    return sums | {"covered": np.array(len(covered)), "coverable": case.loss_mask.sum()}
+    return sums_of(case, hidden.double().numpy() @ case.head, label, shown)
 
 
-def assert_close(ours: dict[str, Any], expected: Sums) -> None:
-    assert set(ours) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_allclose(np.asarray(ours[name]), value, rtol=1e-5, err_msg=name)
-
-
-def loss_sums(case: Case) -> dict[str, jax.Array]:
-    run = jax.jit(lambda *args: LOSS(*args))  # a function of its own: compiled anew where a test breaks something
-    loss, sums = run(case.draft, case.target, case.batch)
-    return {"loss_sum": loss, "weight": sums.weight, **sums.statistics}
-
-
-def data_label(case: Case) -> Callable[[int, int], int]:
-    return lambda row, x: int(case.tokens[row, x])
+def prefixes() -> np.ndarray:
+    """Shown slots: the anchor, and in turn none, one and two tokens after it."""
+    return np.arange(BLOCK) <= (np.arange(ANCHORS.size).reshape(ANCHORS.shape) % 3)[..., None]
 
 
 def test_the_draft_loss_is_that_of_the_plain_loop(case: Case) -> None:
@@ -177,13 +71,14 @@ def test_the_draft_loss_is_that_of_the_plain_loop(case: Case) -> None:
     assert_close(loss_sums(case), expected)
 
 
-def test_a_revealed_prefix_is_input_and_not_label(case: Case) -> None:
-    revealed = (np.arange(ANCHORS.size).reshape(ANCHORS.shape) % 3).astype(np.int32)
-    expected = reference_sums(case, data_label(case), revealed) | {"expected": np.zeros(())}
+@pytest.mark.parametrize("law", [prefixes, scattered])
+def test_shown_tokens_are_input_and_not_label(case: Case, law: Callable[[], np.ndarray]) -> None:
+    shown = law()
+    expected = reference_sums(case, data_label(case), shown) | {"expected": np.zeros(())}
     plain = reference_sums(case, data_label(case))
     assert 0 < expected["supervised"].sum() < plain["supervised"].sum()
     assert expected["blocks"] < expected["prefix"]
-    batch = case.batch | {"revealed": put(revealed, SPECS.act_bt)}
+    batch = case.batch | {"shown": put(shown, SPECS.act_bN)}
     assert_close(loss_sums(case._replace(batch=batch)), expected)
 
 
@@ -202,11 +97,11 @@ def with_mask_embedding(case: Case, mask_token_id: int) -> Case:
 def test_a_mask_embedding_of_the_drafts_own_is_what_masked_slots_hold(case: Case) -> None:
     """Also where a prefix is revealed, with an id past the target's embedding; in the loss and in evaluation."""
     own = with_mask_embedding(case, VOCABULARY + 3)
-    revealed = (np.arange(ANCHORS.size).reshape(ANCHORS.shape) % 3).astype(np.int32)
-    expected = reference_sums(own, data_label(own), revealed) | {"expected": np.zeros(())}
-    without = reference_sums(case, data_label(case), revealed)
+    shown = prefixes()
+    expected = reference_sums(own, data_label(own), shown) | {"expected": np.zeros(())}
+    without = reference_sums(case, data_label(case), shown)
     assert abs(expected["loss_sum"] / without["loss_sum"] - 1) > 1e-3
-    own = own._replace(batch=case.batch | {"revealed": put(revealed, SPECS.act_bt)})
+    own = own._replace(batch=case.batch | {"shown": put(shown, SPECS.act_bN)})
     assert_close(loss_sums(own), expected)
     greedy = reference_sums(own, lambda row, x: int(case.logits[row, x - 1].argmax()))
     host = {name: np.asarray(x) for name, x in case.batch.items()}
