@@ -65,6 +65,9 @@ def add_decode_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CHOICE",
         help="drafts are the likeliest (argmax, the default) or, at a temperature, drawn (sample)",
     )
+    parser.add_argument(
+        "--one-pass", action="store_true", help="also draft in the target's own pass: a LoRA draft with masked anchors"
+    )
     parser.add_argument("--temperature", type=float, nargs="+", default=[0.0], metavar="T", help="0 is greedy")
     add_draw_arguments(parser)
     parser.add_argument("--runs", type=int, default=5, help="timed repetitions, all ways of decoding interleaved")
@@ -115,6 +118,7 @@ def _checked(args: argparse.Namespace) -> Settings:
     """
     from specjax.decoding.benchmark_settings import AUTO, Settings, check_settings
     from specjax.decoding.torch_comparison import check_comparable
+    from specjax.weights import read_target_config
 
     settings = Settings(
         max_new_tokens=args.max_new_tokens,
@@ -123,6 +127,7 @@ def _checked(args: argparse.Namespace) -> Settings:
         tree_nodes=tuple(number_or_auto(nodes, "--tree-nodes") for nodes in args.tree_nodes),
         rules=tuple(args.rule),
         draft_choices=tuple(args.draft_choice),
+        one_pass=args.one_pass,
         temperatures=tuple(args.temperature),
         top_k=args.top_k,
         top_p=args.top_p,
@@ -143,13 +148,14 @@ def _checked(args: argparse.Namespace) -> Settings:
             if given != wanted:
                 shown = " ".join(map(str, given))
                 raise InputError(f"--compare hf decodes prompt by prompt, greedily: {option} is {shown}; leave it out")
-        if len(settings.draft_tokens) > 1 or AUTO in settings.draft_tokens or settings.tree_nodes:
+        if len(settings.draft_tokens) > 1 or AUTO in settings.draft_tokens or settings.tree_nodes or settings.one_pass:
             raise InputError(
                 "--compare hf compares one number of draft tokens; give --draft-tokens once, without auto, and leave "
-                "--tree-nodes out"
+                "--tree-nodes and --one-pass out"
             )
-    config = read_draft_config(args.draft)
-    check_settings(settings, config)
+    target = read_target_config(args.target)
+    config = read_draft_config(args.draft, target)
+    check_settings(settings, config, target.vocab_size)
     if args.compare:
         check_comparable(config, dtype_name(args))
     return settings
@@ -160,9 +166,10 @@ def _compare(
 ) -> dict[str, Report]:
     from specjax.decoding.benchmark_settings import AUTO
     from specjax.decoding.torch_comparison import Task, compare_with_torch
+    from specjax.models.dflash import DFlashDraft
     from specjax.weights import model_folder
 
-    assert models.draft is not None
+    assert isinstance(models.draft, DFlashDraft)
     (way,) = settings.ways(models.draft.config.block_size, temperature=0.0)
     assert way.draft_tokens != AUTO
     task = Task(settings.max_new_tokens, settings.stop_token_ids, way.draft_tokens, settings.runs)

@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft-choice", choices=("argmax", "sample"), default="argmax", help="drafts are the likeliest or drawn"
     )
+    parser.add_argument(
+        "--one-pass", action="store_true", help="draft in the target's own pass: a LoRA draft with masked anchors"
+    )
     parser.add_argument("--jsonl", action="store_true", help="one JSON object an answer: text, tokens, rounds")
     parser.add_argument("--stream", action="store_true", help="one prompt after the other, text as it comes")
     return parser
@@ -95,13 +98,13 @@ def _chat(text: str, origin: str) -> list[dict[str, Any]]:
 
 
 def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What `generate` takes of --draft-tokens, --tree-nodes, --samples, --rule and --draft-choice.
+    """What `generate` takes of --draft-tokens, --tree-nodes, --samples, --rule, --draft-choice and --one-pass.
 
     Raises:
         InputError: what this target and draft cannot do; no weights are loaded to see it.
     """
     from specjax.decoding import AutoWidth
-    from specjax.decoding.inputs import check_draft_tokens, check_rule, check_sampling, check_tree
+    from specjax.decoding.inputs import check_draft_tokens, check_one_pass, check_rule, check_sampling, check_tree
     from specjax.weights import read_target_config
 
     given = None if args.draft_tokens is None else number_or_auto(args.draft_tokens)
@@ -112,9 +115,13 @@ def _draft_settings(args: argparse.Namespace) -> dict[str, Any]:
     tree_nodes = None if nodes == "auto" else nodes
     how = {"rule": args.rule, "draft_choice": args.draft_choice}
     check_sampling(args.temperature, args.top_k, args.top_p, **how, samples=args.samples)
-    width = check_draft_tokens(None if args.draft is None else read_draft_config(args.draft), draft_tokens)
-    check_tree(read_target_config(args.target).vocab_size, width, tree_nodes, **how)
+    target = read_target_config(args.target)
+    draft = None if args.draft is None else read_draft_config(args.draft, target)
+    width = check_draft_tokens(draft, draft_tokens)
+    check_tree(target.vocab_size, width, tree_nodes, **how)
     check_rule(width, **how)
+    check_one_pass(draft, width, tree_nodes, args.one_pass)
+    how |= {"one_pass": args.one_pass}
     return how | {"samples": args.samples, "draft_tokens": draft_tokens, "tree_nodes": tree_nodes}
 
 

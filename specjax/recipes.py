@@ -140,8 +140,8 @@ def _planned(base: str, variant: Variant, seed: int, place: str, out: Path) -> R
 
 
 def _check_comparable(config: RunConfig, place: str) -> None:
-    if config.kind != "dflash":
-        raise InputError(f"{place}: kind is {config.kind}; only drafts (dflash) are compared")
+    if config.kind == "causal_lm":
+        raise InputError(f"{place}: kind is {config.kind}; only drafts (dflash, lora) are compared")
     if config.training.steps is None:
         raise InputError(f"{place}: training.epochs is set; a comparison is at equal steps: set training.steps")
     if not config.data.validation and config.data.validation_fraction is None:

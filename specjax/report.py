@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _samples(args: argparse.Namespace, run: Run) -> list[Sample]:
     """Answers of the run's target with its draft (the latest checkpoint's) to `args.samples` prompts."""
     config = run.config
-    if config.kind != "dflash":
+    if config.kind == "causal_lm":
         raise InputError(f"--samples shows accepted drafts, but {run.folder} is of kind {config.kind}; leave it out")
     if run.saved_step is None:
         raise InputError(f"--samples needs a draft, but {run.folder} has saved no checkpoint yet; leave it out")

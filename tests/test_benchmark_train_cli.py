@@ -77,6 +77,20 @@ def test_a_step_is_measured_whole_and_in_parts(tmp_path: Path, capsys: pytest.Ca
         assert words in printed
 
 
+LORA = {"kind": "lora", "draft.num_layers": None, "draft.target_layer_ids": None, "lora.lora_dropout": 0.1}
+
+
+def test_a_step_of_adapters_is_measured_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(tmp_path, LORA)
+    report = measure(tmp_path, config)
+    assert report["draft"] == "adapters"
+    assert not {"parts_s", "context_scores"} & set(report)
+    assert "4*N_layers*N*B (frozen)" in capsys.readouterr().out
+    message = "kind lora needs the target's keys, not captured states"
+    for argument in (["--captured"], ["--compare", "torch"]):
+        assert message in refusal([config, *argument], capsys)
+
+
 def test_a_comparison_trains_alike_on_captured_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = measure(tmp_path, write_config(tmp_path, {"training.remat": False}), "--compare", "torch")
     assert not report["target_runs"]

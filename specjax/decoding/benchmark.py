@@ -16,12 +16,13 @@ from specjax.decoding.auto_width import AutoWidth
 from specjax.decoding.batch import Batch
 from specjax.decoding.benchmark_settings import AR, AUTO, Settings, Way, check_settings
 from specjax.decoding.differences import differences
-from specjax.decoding.drafter import DFlashDrafter
+from specjax.decoding.drafter import drafter_of
 from specjax.decoding.generate import Generation, generate
 from specjax.decoding.loop import Drafting
 from specjax.decoding.step_costs import ar_seconds, round_seconds
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.lora_draft import LoRADraft
 from specjax.models.precision import matmul_precision
 from specjax.models.sharding import mesh_scope
 
@@ -85,7 +86,7 @@ class Counts:
 
 def benchmark_decoding(
     target: Decoder,
-    draft: DFlashDraft,
+    draft: DFlashDraft | LoRADraft,
     data_sets: Mapping[str, Prompts],
     settings: Settings,
     progress: Callable[[str], None] = lambda text: None,
@@ -103,7 +104,7 @@ def benchmark_decoding(
     Raises:
         InputError: as `check_settings` and `generate`.
     """
-    check_settings(settings, draft.config)
+    check_settings(settings, draft.config, target.config.vocab_size)
     reports: dict[Key, Report] = {}
     for temperature, size in itertools.product(settings.temperatures, settings.batch_sizes):
         ways = settings.ways(draft.config.block_size, temperature)
@@ -133,7 +134,7 @@ def _column(key: Key, settings: Settings, several_ways: bool) -> str:
     return ", ".join(parts)
 
 
-def _measure(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case) -> Measurement:
+def _measure(target: Decoder, draft: DFlashDraft | LoRADraft, prompts: Prompts, case: Case) -> Measurement:
     settings, size, ways = case.settings, case.batch_size, (AR, *case.ways)
     starts = range(0, len(prompts), size)
     autos = {way: AutoWidth(trees=way.tree_nodes == AUTO) for way in ways if way.draft_tokens == AUTO}
@@ -146,7 +147,7 @@ def _measure(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case) 
             width = autos.get(way, way.draft_tokens)
             nodes = None if way in autos else way.tree_nodes or None
             drafting = {"draft": draft, "draft_tokens": width, "tree_nodes": nodes}
-            drafting |= {"rule": way.rule, "draft_choice": way.draft_choice}
+            drafting |= {"rule": way.rule, "draft_choice": way.draft_choice, "one_pass": way.one_pass}
         return generate(target, batch, **limits, **drafting, **case.sampling, seed=seed)  # type: ignore[arg-type]
 
     def costs(first: int) -> dict[Way, Seconds]:
@@ -202,12 +203,15 @@ def _passes_of_target(generation: Generation, way: Way) -> int:
     return max(map(len, generation.rounds))
 
 
-def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Case, seed: int) -> dict[Way, Seconds]:
+def _step_costs(
+    target: Decoder, draft: DFlashDraft | LoRADraft, prompts: Prompts, case: Case, seed: int
+) -> dict[Way, Seconds]:
     """Seconds of an autoregressive step (a verify pass without drafts) and of both parts of a round, by way.
 
     Rounds of a width that is chosen while decoding have no one cost.
     """
-    drafter, seeds = DFlashDrafter(draft), range(seed, seed + len(prompts))
+    drafter, seeds = drafter_of(draft), range(seed, seed + len(prompts))
+    assert drafter is not None
 
     def batch(block_size: int) -> Batch:
         built = _batch(target, prompts, case, block_size)
@@ -217,7 +221,7 @@ def _step_costs(target: Decoder, draft: DFlashDraft, prompts: Prompts, case: Cas
         costs = {AR: {"verify": ar_seconds(target, batch(1), drafter.block_size), "draft": 0.0}}
         for way in case.ways:
             if way.draft_tokens != AUTO and way.tree_nodes != AUTO:
-                drafting = Drafting(way.draft_tokens, way.tree_nodes, way.rule, way.draft_choice)
+                drafting = Drafting(way.draft_tokens, way.tree_nodes, way.rule, way.draft_choice, way.one_pass)
                 draft_s, verify_s = round_seconds(target, drafter, batch(drafter.block_size), drafting)
                 costs[way] = {"verify": verify_s, "draft": draft_s}
     return costs
@@ -255,7 +259,7 @@ def _pool(measurements: Sequence[Measurement]) -> Measurement:
     return Measurement(generations, passes, differing)
 
 
-def _report(draft: DFlashDraft, measured: Measurement, case: Case, way: Way, name: str) -> Report:
+def _report(draft: DFlashDraft | LoRADraft, measured: Measurement, case: Case, way: Way, name: str) -> Report:
     plain, drafted = measured.generations[AR], measured.generations[way]
     outputs = [tokens for generation in drafted for tokens in generation.tokens]
     counts = Counts(len(outputs), sum(len(tokens) for g in plain for tokens in g.tokens), sum(map(len, outputs)))
@@ -271,6 +275,7 @@ def _report(draft: DFlashDraft, measured: Measurement, case: Case, way: Way, nam
         "tree_nodes": way.tree_nodes,
         "rule": way.rule,
         "draft_choice": way.draft_choice,
+        "one_pass": way.one_pass,
         "max_new_tokens": case.settings.max_new_tokens,
         "runs": case.settings.runs,
     }

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from specjax.decoding.auto_width import AutoWidth
-from specjax.decoding.inputs import check_rule, check_sampling, check_tree
+from specjax.decoding.inputs import check_one_pass, check_rule, check_sampling, check_tree
 from specjax.errors import InputError
 from specjax.models.dflash import DFlashConfig
+from specjax.models.lora_draft import LoRADraftConfig
 
 Width = int | Literal["auto"]
 AUTO: Literal["auto"] = "auto"
@@ -21,21 +22,24 @@ class Way:
 
     draft_tokens: drafts verified a round, the depth of a tree; 0: without a draft; `AUTO`: an `AutoWidth` chooses.
     tree_nodes: drafts of a tree; 0: a chain; `AUTO`, as draft_tokens is then: trees are among what it chooses from.
-    rule, draft_choice: see `verify`; a tree is verified by `match`.
+    rule, draft_choice: see `verify`; a tree is verified by `match`. one_pass: a chain is drafted in the target's own
+    pass; `AUTO` chooses that by itself.
     """
 
     draft_tokens: Width
     tree_nodes: Width = 0
     rule: str = "match"
     draft_choice: str = "argmax"
+    one_pass: bool = False
 
     @property
     def label(self) -> str:
-        """Such as "7 drafts", "tree of 28 drafts", "auto drafts or trees", "7 drafts (block, sample)"."""
+        """Such as "7 drafts", "tree of 28 drafts", "auto drafts or trees", "7 drafts (block, sample, one pass)"."""
         if self.tree_nodes == AUTO:
             return "auto drafts or trees"
         drafts = f"tree of {self.tree_nodes} drafts" if self.tree_nodes else f"{self.draft_tokens} drafts"
         how = [value for value, usual in ((self.rule, "match"), (self.draft_choice, "argmax")) if value != usual]
+        how += ["one pass"] if self.one_pass else []
         return f"{drafts} ({', '.join(how)})" if how else drafts
 
     @property
@@ -53,8 +57,9 @@ class Settings:
 
     batch_sizes: prompts decoded together. draft_tokens: drafts verified a round; none is the block's all. rules,
     draft_choices: how these are verified and chosen (see `verify`). tree_nodes: drafts of trees, measured too, as deep
-    as the widest of draft_tokens, by `match`; `AUTO`: what an `AutoWidth` with trees chooses. top_k, top_p: at
-    temperatures above 0. seed: of the first prompt of every data set. runs: timed passes.
+    as the widest of draft_tokens, by `match`; `AUTO`: what an `AutoWidth` with trees chooses. one_pass: chains are
+    measured in one pass a round, too. top_k, top_p: at temperatures above 0. seed: of the first prompt of every data
+    set. runs: timed passes.
     """
 
     max_new_tokens: int = 128
@@ -69,6 +74,7 @@ class Settings:
     tree_nodes: tuple[Width, ...] = ()
     rules: tuple[str, ...] = ("match",)
     draft_choices: tuple[str, ...] = ("argmax",)
+    one_pass: bool = False
 
     def depth(self, block_size: int) -> int:
         """Of the trees."""
@@ -81,13 +87,18 @@ class Settings:
         """
         rules, choices = (self.rules, self.draft_choices) if temperature else (("match",), ("argmax",))
         widths = self.draft_tokens or (block_size - 1,)
-        chains = [Way(width, 0, *how) for width, *how in itertools.product(widths, rules, choices)]
+        passes = (False, True) if self.one_pass else (False,)
+        chains = [
+            Way(width, 0, rule, choice, one_pass)
+            for width, rule, choice, one_pass in itertools.product(widths, rules, choices, passes)
+            if not (one_pass and width == AUTO)
+        ]
         depth = self.depth(block_size)
         return (*chains, *(Way(AUTO if nodes == AUTO else depth, nodes) for nodes in self.tree_nodes))
 
 
-def check_settings(settings: Settings, draft: DFlashConfig) -> None:
-    """Raises InputError for a value out of range, given twice, or of no use."""
+def check_settings(settings: Settings, draft: DFlashConfig | LoRADraftConfig, vocab_size: int) -> None:
+    """Raises InputError for a value out of range, given twice, or of no use; `vocab_size` is the target's."""
     for name, values in (
         ("batch_sizes", settings.batch_sizes),
         ("draft_tokens", settings.draft_tokens),
@@ -111,7 +122,9 @@ def check_settings(settings: Settings, draft: DFlashConfig) -> None:
             raise InputError(f"draft_tokens is {width}; this draft proposes 1 to {draft.block_size - 1}")
     for nodes in settings.tree_nodes:
         if nodes != AUTO:
-            check_tree(draft.vocab_size, settings.depth(draft.block_size), nodes)
+            check_tree(vocab_size, settings.depth(draft.block_size), nodes)
+    chosen = bool(settings.draft_tokens) and set(settings.draft_tokens) == {AUTO}
+    check_one_pass(draft, AutoWidth() if chosen else 1, None, settings.one_pass)
     for temperature in settings.temperatures:
         check_sampling(temperature)
     for rule, choice in itertools.product(settings.rules, settings.draft_choices):

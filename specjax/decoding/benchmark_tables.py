@@ -45,7 +45,8 @@ def markdown(shown: Sequence[Table]) -> str:
 
 
 def way_of(report: Report) -> Way:
-    return Way(report["draft_tokens"], report["tree_nodes"], report["rule"], report["draft_choice"])
+    names = "draft_tokens", "tree_nodes", "rule", "draft_choice", "one_pass"
+    return Way(*(report[name] for name in names))
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from specjax.decoding.drafter import Drafter
 from specjax.decoding.generate import generate
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
+from specjax.models.lora_draft import LoRADraft
 
 PADDING_PROMPT = [0]  # fills up the last batch; it ends with the first token
 
@@ -15,7 +16,7 @@ PADDING_PROMPT = [0]  # fills up the last batch; it ends with the first token
 def generate_by_length(
     target: Decoder,
     prompts: Sequence[Sequence[int]],
-    draft: DFlashDraft | Drafter | None = None,
+    draft: DFlashDraft | LoRADraft | Drafter | None = None,
     *,
     batch_size: int,
     max_new_tokens: int,

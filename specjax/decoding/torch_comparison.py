@@ -15,6 +15,7 @@ from specjax.decoding.generate import generate
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashConfig, DFlashDraft
+from specjax.models.lora_draft import LoRADraftConfig
 from specjax.pytorch import thread_counts, with_threads
 
 Report = dict[str, Any]
@@ -38,8 +39,10 @@ Answer = tuple[list[int], list[int]]
 Decode = Callable[[Sequence[int]], Answer]
 
 
-def check_comparable(draft: DFlashConfig, dtype: str) -> None:
+def check_comparable(draft: DFlashConfig | LoRADraftConfig, dtype: str) -> None:
     """Raises InputError, naming everything that PyTorch's loop does not have."""
+    if isinstance(draft, LoRADraftConfig):
+        raise InputError("--compare hf: PyTorch's loop runs DFlash drafts, and the draft is a LoRA draft; leave it out")
     backend = jax.default_backend()
     wrong = [
         f"{name} is {value}; {remedy}"

@@ -70,6 +70,9 @@ def facts(run: Run) -> list[tuple[str, str]]:
     if config.kind == "dflash":
         draft = config.draft
         found.append(("draft", f"{draft.num_layers} layers, blocks of {draft.block_size}"))
+    if config.kind == "lora":
+        rank = config.lora.peft_config or f"rank {config.lora.r}"
+        found.append(("draft", f"adapters ({rank}), blocks of {config.draft.block_size}"))
     length = f"{config.training.steps} steps" if config.training.steps else f"{config.training.epochs:g} epochs"
     saved = "no checkpoint yet" if run.saved_step is None else f"latest checkpoint at step {run.saved_step}"
     times = [point.wall_time for points in run.curves.values() for point in points]

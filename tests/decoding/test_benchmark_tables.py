@@ -86,6 +86,7 @@ def test_ways_are_told_apart() -> None:
         "3 drafts (sample)": {"draft_choice": "sample"},
         "3 drafts (block)": {"rule": "block"},
         "3 drafts (block, sample)": {"rule": "block", "draft_choice": "sample"},
+        "3 drafts (one pass)": {"one_pass": True},
     }
     reports = {f"code, {label}": report(temperature=1.0, **changes) for label, changes in ways.items()}
     (_, columns, rows), *_ = tables(reports)

@@ -71,6 +71,7 @@ def report(**changes: Any) -> dict[str, Any]:
         "tree_nodes": 0,
         "rule": "match",
         "draft_choice": "argmax",
+        "one_pass": False,
         "max_new_tokens": 128,
         "runs": 2,
         "repeated_4gram_fraction": 0.125,
