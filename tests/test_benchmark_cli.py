@@ -136,6 +136,7 @@ def test_rules_and_choices_are_ways_beside_each_other(folder: Path, tmp_path: Pa
         (["--compare", "hf", "--tree-nodes", "9"], "--compare hf compares one number of draft tokens"),
         (["--compare", "hf", "--rule", "match", "block"], "--compare hf decodes prompt by prompt, greedily: --rule"),
         (["--compare", "hf", "--draft-choice", "sample"], "--compare hf decodes prompt by prompt, greedily: --draft"),
+        (["--one-pass"], "one_pass is set, but the draft was not trained with masked anchors"),
         (["--rule", "match", "block"], "rule is block, but temperature 0 is greedy; give a temperature, or leave rule"),
         (["--temperature", "1", "--rule", "typical"], "rule is 'typical'; give one of match, rejection, block"),
         (["--draft-tokens", "3", "most"], "--draft-tokens is 'most'; give a number or auto"),

@@ -320,6 +320,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a width without a draft": ({"draft-tokens": "auto"}, "draft_tokens is auto, but there is no draft"),
     "no chat": ({"chat": '[{"content": "hi"}]'}, "error: --chat 1: messages[0]"),
     "no messages": ({"chat": "{}"}, "error: --chat 1: field messages is"),
+    "one pass of another draft": (
+        {"draft": "draft", "one-pass": None},
+        "error: one_pass is set, but the draft was not trained with masked anchors",
+    ),
+    "one pass without a draft": ({"one-pass": None}, "error: one_pass is set, but there is no draft"),
     "no samples": ({"samples": 0}, "samples is 0; give at least 1"),
     "equal samples": ({"samples": 2}, "samples is 2, but temperature 0 is greedy"),
     "a rule for nothing": ({"rule": "block"}, "rule is block, but temperature 0 is greedy"),
@@ -345,7 +350,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-BEFORE_LOADING = {"draft-tokens", "tree-nodes", "rule", "samples", "batch-size", "stream"}
+BEFORE_LOADING = {"draft-tokens", "tree-nodes", "rule", "samples", "batch-size", "stream", "one-pass"}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,12 +29,7 @@ from specjax.decoding.benchmark_settings import AR, AUTO, Settings, Way, check_s
 from specjax.decoding.benchmark_tables import table
 from specjax.decoding.generate import Generation, generate
 from specjax.errors import InputError
-from specjax.models.lora import LoRAConfig
-from specjax.models.lora_draft import LoRADraftConfig
-from tests.decoding.test_lora_drafter import random_lora_draft
 from tests.decoding.tiny import FULL, random_draft, random_prompts, random_target
-
-LORA = LoRADraftConfig(LoRAConfig(r=2, alpha=2.0), block_size=4, mask_token_id=95, masked_anchor=0.5)
 
 
 def generation(
@@ -343,36 +337,6 @@ def test_ways_are_widths_by_rules_by_choices_and_then_trees() -> None:
     check_settings(
         Settings(temperatures=(1.0,), draft_tokens=(AUTO,), draft_choices=("sample",)), FULL, FULL.vocab_size
     )
-    both = Settings(draft_tokens=(AUTO, 2), tree_nodes=(9,), one_pass=True)
-    check_settings(both, LORA, FULL.vocab_size)
-    assert both.ways(4, 0.0) == (Way(AUTO), Way(2), Way(2, one_pass=True), Way(2, 9))
-
-
-@pytest.mark.parametrize(
-    ("config", "widths", "message"),
-    [
-        (FULL, (), "not trained with masked anchors"),
-        (replace(LORA, masked_anchor=0.0), (), "not trained with masked anchors"),
-        (LORA, (AUTO,), "which tries it by itself"),
-    ],
-)
-def test_one_pass_of_no_use_is_refused(config: Any, widths: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_settings(Settings(draft_tokens=widths, one_pass=True), config, FULL.vocab_size)
-
-
-def test_a_lora_draft_is_measured_in_two_passes_and_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, draft = random_target(0), random_lora_draft(0, LORA)
-    settings, seen = Settings(6, (5,), (2,), (2,), runs=1, one_pass=True), []
-    monkeypatch.setattr(benchmark, "ar_seconds", lambda *args: 1.0)
-    monkeypatch.setattr(benchmark, "round_seconds", lambda *args: (seen.append(args[-1].one_pass), (0.5, 1.5))[1])
-    reports = benchmark_decoding(target, draft, {"x": random_prompts(3, 2)}, settings)
-    assert list(reports) == ["x, 2 drafts", "x, 2 drafts (one pass)"]
-    assert [(r["one_pass"], r["identical"], r["rounds"] > 0) for r in reports.values()] == [
-        (False, True, True),
-        (True, True, True),
-    ]
-    assert seen == [False, True] * 2
 
 
 def test_rules_are_measured_by_their_own_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_every_block_is_the_merged_models_after_its_token(kind: str) -> None:
 
 @pytest.mark.parametrize("config", [MASKED, OWN_MASK], ids=["the target's row", "own mask embedding"])
 def test_what_is_carried_is_a_draft_pass_where_rows_stand(config: LoRADraftConfig, case: Cases) -> None:
-    """After every round, of rows that go on; the rounds before kept 0 to all drafts."""
+    """After every round, of rows that go on; rounds kept 0 to all drafts. A row that is done writes nothing."""
     target, prompts, answers = case(0, 3)
     kept = set()
     drafted = jax.jit(lambda drafter, *where: drafter.draft_ahead(*where))
@@ -92,10 +92,11 @@ def test_what_is_carried_is_a_draft_pass_where_rows_stand(config: LoRADraftConfi
         if config.own_mask_embedding:
             drawn = np.random.default_rng(3).standard_normal(TARGET.hidden_size).astype(np.float32)
             drafter.inner.model.mask_embedding[...] = put(drawn, SPECS.mask_embedding_d)  # type: ignore[attr-defined]
-        batch = Batch.build(target, prompts, [30] * 3, [[]] * 3, SIZE)
+        batch = Batch.build(target, prompts, [3, 30, 30], [[]] * 3, SIZE)
         state = batch.prefill(target, drafter)
         assert state.drafter.length.tolist() == [-1] * 3
         for i in range(12):
+            done, before = np.asarray(state.done), jax.tree.map(np.array, state.cache)
             state = decode(target, drafter, state, batch.limits, until=put(np.int32(i + 1), jax.P()), drafting=ONE_PASS)
             going = ~np.asarray(state.done)
             kept |= set(np.asarray(state.rounds)[going, i].tolist())
@@ -103,6 +104,9 @@ def test_what_is_carried_is_a_draft_pass_where_rows_stand(config: LoRADraftConfi
             assert (np.asarray(found.length) == np.asarray(state.length))[going].all()
             np.testing.assert_allclose(np.asarray(found.hidden)[going], np.asarray(expected.hidden)[going], atol=1e-4)
             assert np.abs(expected.hidden).max() > 1
+            for now, then in zip(jax.tree.leaves(state.cache), jax.tree.leaves(before), strict=True):
+                np.testing.assert_array_equal(np.asarray(now)[done], then[done])
+    assert done.any()
     assert kept == set(range(1, SIZE + 1))
 
 
