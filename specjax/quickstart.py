@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check(config: RunConfig) -> None:
     """Raises InputError for what would otherwise fail after minutes: a config of another kind, no means to plot."""
-    if config.kind != "dflash":
-        raise InputError(f"kind is {config.kind}; the quickstart trains a draft: leave it dflash")
+    if config.kind == "causal_lm":
+        raise InputError(f"kind is {config.kind}; the quickstart trains a draft: give dflash or lora")
     for name in ("train", "validation"):
         files = getattr(config.data, name)
         if len(files) != 1:
@@ -125,9 +125,10 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
     folder = Path(config.output_dir)
     with matmul_precision("float32"):
         target, stops, heldout = prepare(config, sizes)
-        taps = capture(config, config.data.taps or folder / TAPS, print)
-        with_taps = config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})})
-        train(with_taps, generate=generate, resume=True)
+        if config.kind == "dflash":  # adapters need keys of the target's, which are not captured
+            taps = capture(config, config.data.taps or folder / TAPS, print)
+            config = config.model_copy(update={"data": config.data.model_copy(update={"taps": str(taps)})})
+        train(config, generate=generate, resume=True)
         if latest_step(folder) != config.training.steps:
             raise InputError(f"training stopped at step {latest_step(folder)}; continue with the same command")
         exported = folder / "draft"
@@ -143,10 +144,11 @@ def run(config: RunConfig, sizes: Sizes) -> dict[str, Report]:
 def prepare(config: RunConfig, sizes: Sizes) -> tuple[Decoder, tuple[int, ...], Prompts]:
     """Sees to the answers to train on; returns the target, its stop tokens and the held-out prompts."""
     from specjax import weights
-    from specjax.training.tasks import draft_config_of
+    from specjax.training.tasks import draft_config_of, lora_draft_config_of
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
-    draft_config_of(config)  # a draft that does not fit is refused before answers are written
+    # A draft that does not fit is refused before answers are written.
+    _ = lora_draft_config_of(config) if config.kind == "lora" else draft_config_of(config)
     target = weights.load_target(config.target.path, dtype="float32")
     tokenizer = load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path)
@@ -288,8 +290,7 @@ def evaluate(
     from specjax.decoding.benchmark_settings import Settings
     from specjax.decoding.benchmark_tables import table
 
-    draft = weights.load_draft(exported, dtype="float32")
-    weights.check_draft_matches(draft.config, target.config)
+    draft = weights.load_draft(exported, dtype="float32", base=target.config)
     settings = Settings(sizes.max_new_tokens, stops, runs=sizes.runs)
     reports = benchmark_decoding(target, draft, heldout, settings)
     print_table("held-out prompts, with the exported draft", reports, table(reports))

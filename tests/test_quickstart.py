@@ -18,8 +18,9 @@ from specjax.data import embedded
 from specjax.data.embedded import stdlib_conversations, word_problems
 from specjax.data.prompts import chat_prompt, read_prompts
 from specjax.generate import main as generate_main
+from specjax.models.lora_draft import LoRADraftConfig
 from specjax.quickstart import SUMMARY_FIELDS, embedded_prompts, main, prompt_counts
-from specjax.weights import load_draft, read_fingerprint
+from specjax.weights import load_draft, read_fingerprint, read_target_config
 from specjax.weights.orbax_checkpoint import RUN_CHECKPOINTS
 from specjax.weights.safetensors_files import EMBEDDED_FOLDER
 from tests.model_folders import LAYERS, save_target_with_tokenizer
@@ -137,6 +138,22 @@ def test_no_prompt_is_in_two_sets(finished: Path, target: Path) -> None:
         sets.append({tuple(r["input_ids"][: r["loss_mask"].index(1)]) for r in records})
     assert [len(prompts) for prompts in sets] == [HELDOUT, TRAIN, VALIDATION]
     assert len(set.union(*sets)) == HELDOUT + TRAIN + VALIDATION
+
+
+def test_adapters_are_trained_exported_and_measured_on_the_same_data(
+    finished: Path, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "lora"
+    data = [f"data.{name}=[{finished}/data/{name}.jsonl]" for name in ("train", "validation")]
+    given = [x for x in arguments(target, out) if not x.startswith(("draft.num_taps", "draft.target_layer_ids"))]
+    main([str(CONFIG.with_name("quickstart-lora.yaml")), *given[1:], *data, "lora.r=2"])
+    assert "held-out prompts" in capsys.readouterr().out
+    assert json.loads((out / "summary.json").read_text())["identical"] is True
+    assert not (out / "taps").exists()
+    base = read_target_config(target)
+    config = load_draft(out / "draft", base=base).config
+    assert isinstance(config, LoRADraftConfig)
+    assert (config.lora.r, config.masked_anchor) == (2, 0.5)
 
 
 def test_a_second_call_resumes_and_answers_nothing_again(

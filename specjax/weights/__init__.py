@@ -1,7 +1,6 @@
 """Weights: Hugging Face folders and Orbax checkpoints <-> modules."""
 
 from specjax.weights.draft_config import (
-    check_draft_matches,
     draft_config_from_hf,
     draft_config_to_hf,
     is_draft_config,
@@ -40,7 +39,6 @@ __all__ = [
     "adapter_base_name",
     "adapter_config_from_peft",
     "adapter_config_to_peft",
-    "check_draft_matches",
     "decoder_config_from_hf",
     "decoder_config_to_hf",
     "draft_config_from_hf",

@@ -1,4 +1,4 @@
-"""A z-lab draft's `config.json` <-> `DFlashConfig`, and the check that a draft belongs to a target."""
+"""A z-lab draft's `config.json` <-> `DFlashConfig`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from specjax.errors import InputError
-from specjax.models.decoder import LAYER_TYPES, DecoderConfig
+from specjax.models.decoder import LAYER_TYPES
 from specjax.models.dflash import (
     TOKEN_ID_LIMIT,
     DFlashConfig,
     check_target_layer_ids,
     default_target_layer_ids,
-    target_mismatches,
 )
-from specjax.weights.config_fields import REFUSED, ConfigReader, raise_problems, read_rope, rope_to_hf_both
+from specjax.weights.config_fields import REFUSED, ConfigReader, read_rope, rope_to_hf_both
 from specjax.weights.hf_config import (
     DEFAULT_RMS_NORM_EPS,
     DEFAULT_SLIDING_WINDOW,
@@ -121,14 +120,6 @@ def draft_config_to_hf(config: DFlashConfig) -> dict[str, Any]:
         # Servers take either key as an override of every layer, so a causal sliding draft writes neither.
         result["is_causal"] = dflash["causal"] = False
     return result | {"dflash_config": dflash}
-
-
-def check_draft_matches(draft: DFlashConfig, target: DecoderConfig) -> None:
-    """Raises InputError listing every way in which `draft` was not made for `target`."""
-    problems = target_mismatches(draft, target)
-    if problems:
-        problems.append("use the target this draft was trained for")
-    raise_problems("the draft does not fit the target", problems)
 
 
 def _check_architecture(raw: Mapping[str, Any], source: str) -> None:
