@@ -20,6 +20,7 @@ from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.lora_draft import LoRADraft
 from specjax.weights import load_checkpoint, load_run_params, read_fingerprint, save_draft, save_target
+from specjax.weights.fingerprint import FINGERPRINT_FILE
 from specjax.weights.load import CONFIG_FILE
 from specjax.weights.orbax_checkpoint import CHECKPOINT, RUN_CHECKPOINTS, RUN_TARGET_CONFIG, checkpoint_dtype
 from specjax.weights.side_files import copy_side_files, unshaping_fields
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(module, Decoder):
         save_target(module, out, jnp.dtype(args.dtype) if args.dtype else dtype, extra_config=extra_config)
     elif isinstance(module, LoRADraft):
+        if (out / RUN_CHECKPOINTS).is_dir():
+            raise InputError(f"{out}: holds a training run, whose {FINGERPRINT_FILE} would be replaced; give another")
         dtype, name = jnp.dtype(args.dtype or "float32"), _target_name(source)
         save_draft(module, out, fingerprint=read_fingerprint(source), base_name=name, dtype=dtype)
     else:

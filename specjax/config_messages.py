@@ -31,8 +31,8 @@ REMEDIES = {
     "tuple_type": "give a list",
 }
 NUMBERS = ("float_type", "int_type")
-# The forms that an entry of data.train may take: pydantic names the one it tried, which is no part of a setting's name.
-AS_TEXT, AS_MAPPING = "<text>", "<mapping>"
+# The forms that a setting may take: pydantic names the one it tried, which is no part of a setting's name.
+AS_TEXT, AS_MAPPING, AS_LIST = "<text>", "<mapping>", "<list>"
 
 # Setting -> what other trainers call it.
 ALIASES = {
@@ -104,7 +104,7 @@ def problems(error: pydantic.ValidationError, model: type[BaseModel]) -> list[st
 
 def _problems(error: pydantic.ValidationError, model: type[BaseModel]) -> Iterator[str]:
     for problem in error.errors():
-        location = tuple(str(part) for part in problem["loc"] if part not in (AS_TEXT, AS_MAPPING))
+        location = tuple(str(part) for part in problem["loc"] if part not in (AS_TEXT, AS_MAPPING, AS_LIST))
         name, kind, value = ".".join(location), problem["type"], problem["input"]
         if kind == "too_short" and len(value) >= problem["ctx"]["min_length"]:
             continue  # pydantic counts the good entries; the bad ones have their own lines

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from specjax.config_messages import AS_MAPPING, AS_TEXT, shown
+from specjax.config_messages import AS_LIST, AS_MAPPING, AS_TEXT, shown
 
 DEFAULT_NUM_TAPS = 5
 DEFAULT_EPOCHS = 6.0
@@ -79,6 +79,16 @@ class DraftConfig(Section):
         return self
 
 
+def _form_of_modules(value: Any) -> str:
+    return AS_LIST if isinstance(value, list | tuple) else AS_TEXT
+
+
+TargetModules = Annotated[
+    Annotated[str, Tag(AS_TEXT)] | Annotated[tuple[str, ...], Field(min_length=1), Tag(AS_LIST)],
+    Discriminator(_form_of_modules),
+]
+
+
 class LoRASection(Section):
     """In PEFT's own words, and what a LoRA draft has beside its adapters."""
 
@@ -89,9 +99,8 @@ class LoRASection(Section):
     lora_alpha: float = Field(32.0, gt=0, description="an adapter's output is scaled by lora_alpha / r")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="probability with which an adapter's input is dropped")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r) instead")
-    target_modules: str | tuple[str, ...] = Field(
+    target_modules: TargetModules = Field(
         ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-        min_length=1,
         description="projections that are adapted, as a list, a regular expression, or all-linear",
     )
     masked_anchor: float = Field(
@@ -250,7 +259,10 @@ class NoiseConfig(Section):
         None, gt=0, lt=1, description="fraction only: share of the block_size - 1 slots, rounded down"
     )
     probability: float | None = Field(
-        None, gt=0, lt=1, description="with which geometric shows each further token, and random each token"
+        None,
+        gt=0,
+        lt=1,
+        description="with which geometric shows each further token, and random each token (1 - the noise ratio)",
     )
 
     @model_validator(mode="after")

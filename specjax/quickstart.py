@@ -148,7 +148,7 @@ def prepare(config: RunConfig, sizes: Sizes) -> tuple[Decoder, tuple[int, ...], 
     from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
     # A draft that does not fit is refused before answers are written.
-    _ = lora_draft_config_of(config) if config.kind == "lora" else draft_config_of(config)
+    (lora_draft_config_of if config.kind == "lora" else draft_config_of)(config)
     target = weights.load_target(config.target.path, dtype="float32")
     tokenizer = load_tokenizer(config.target.path)
     stops = stop_token_ids(config.target.path)

@@ -192,7 +192,7 @@ def _train_and_measure(spec: Spec, run: Run, out: Path, say: Say) -> Path:
     from specjax.weights.orbax_checkpoint import latest_step
 
     overrides = list(run.overrides)
-    if spec.capture:
+    if spec.capture and run.config.kind == "dflash":  # adapters need the target's keys, which are not captured
         taps = str(out / "taps" / _data_key(run.config))
         run_command(["specjax.capture", spec.base, taps, *overrides], run.log, say)
         overrides.append(f"data.taps={taps}")

@@ -40,10 +40,9 @@ def draw_anchors(
     """Draws up to N = `num_anchors` anchors of one row: (anchors int32 [N], valid bool [N]), valid ones first, sorted.
 
     A position p is a candidate if `loss_mask[p]` and `loss_mask[p + 1]` are set in one document, and p is not in the
-    document's pure `context`. A document of s tokens
-    in a row of S draws min(candidates, max(1, floor(N * s / S))) of its own, uniformly without replacement; only if
-    the documents of a row ask for more than N together do those that ask for most give some up. Unused slots are 0
-    and invalid; a row without candidates has no valid slot.
+    document's pure `context`. A document of s tokens in a row of S draws min(candidates, max(1, floor(N * s / S))) of
+    its own, uniformly without replacement; only if the documents of a row ask for more than N together do those that
+    ask for most give some up. Unused slots are 0 and invalid; a row without candidates has no valid slot.
 
     The order in which a document's candidates are drawn depends on (seed, epoch, its sample id) and its own mask
     alone, never on the rows around it, the process, or the steps before.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from specjax.models.decoder import Decoder, DecoderConfig, DecoderLayer
+from specjax.models.decoder import BlockConfig, Decoder, DecoderConfig, DecoderLayer
 from specjax.models.layers import LayerAdapters, Linear, product
 from specjax.models.sharding import SPECS, mesh_scope
 
@@ -157,6 +157,14 @@ class LoRAAdapters(nnx.Module):
             }
             result.append(LayerAdapters(**pairs))
         return result
+
+
+def projection_shapes(block: BlockConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of each of PROJECTIONS."""
+    d, inner = block.hidden_size, block.intermediate_size
+    queries, keys = block.num_attention_heads * block.head_dim, block.num_key_value_heads * block.head_dim
+    shapes = {"q_proj": (d, queries), "k_proj": (d, keys), "v_proj": (d, keys), "o_proj": (queries, d)}
+    return shapes | {"gate_proj": (d, inner), "up_proj": (d, inner), "down_proj": (inner, d)}
 
 
 def projection(layer: DecoderLayer, name: str) -> Linear:

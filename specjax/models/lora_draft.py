@@ -16,8 +16,8 @@ from flax import nnx
 from specjax.models.attention import DEFAULT_QUERY_CHUNK
 from specjax.models.block_stream import ContextKV, embed_noise, run_blocks, visible_ranges
 from specjax.models.decoder import Decoder, DecoderConfig
-from specjax.models.lora import LoRAAdapters, LoRAConfig
-from specjax.models.sharding import SPECS, mesh_scope
+from specjax.models.lora import LoRAAdapters, LoRAConfig, projection_shapes
+from specjax.models.sharding import SPECS
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,14 @@ def lora_target_mismatches(draft: LoRADraft, target: DecoderConfig) -> list[str]
         problems.append(
             f"mask_token_id is {draft.config.mask_token_id}, the target's vocab_size is {target.vocab_size}"
         )
-    with mesh_scope():
-        like = nnx.eval_shape(lambda: LoRAAdapters(draft.config.lora, target, rngs=nnx.Rngs(0)))
-    for name, pair in like.layers[0].pairs() if layers else ():
-        for side in ("a", "b"):
-            ours, theirs = getattr(getattr(draft.adapters.layers[0], name), side).shape, getattr(pair, side).shape
-            if ours != theirs:
-                problems.append(f"{name}.{side} has shape {list(ours)}, of the target it would have {list(theirs)}")
+    rank, shapes = draft.config.lora.r, projection_shapes(target.block)
+    for name, pair in draft.adapters.layers[0].pairs() if layers else ():
+        inputs, outputs = shapes[name]
+        for side, array, wanted in (("a", pair.a, (inputs, rank)), ("b", pair.b, (rank, outputs))):
+            if array.shape != wanted:
+                problems.append(
+                    f"{name}.{side} has shape {list(array.shape)}, of the target it would have {list(wanted)}"
+                )
     return problems
 
 

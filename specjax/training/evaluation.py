@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specjax.blockdiff.metrics import repeated_ngrams
 from specjax.fetch import fetch
 from specjax.models.decoder import Decoder
-from specjax.models.dflash import DFlashDraft
+from specjax.models.lora_draft import LoRADraft
+from specjax.models.sharding import SPECS
 from specjax.rounds import segments, texts
 from specjax.training.loop import HostBatch, to_device
 from specjax.training.metrics import Evaluation, Metrics, add, readable
-from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss, statistics
+from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss, Draft, statistics
 from specjax.training.step import Batch
 
 Sums = dict[str, jax.Array]
@@ -41,7 +43,7 @@ class Generate(Protocol):
         self,
         target: Decoder,
         prompts: Sequence[Sequence[int]],
-        draft: DFlashDraft,
+        draft: Draft,
         max_new_tokens: int,
         stop_token_ids: Sequence[int],
     ) -> Generation: ...
@@ -61,7 +63,7 @@ class Answers:
     to_text: Callable[[Sequence[int]], str]
     compiled: bool = False
 
-    def __call__(self, target: Decoder, draft: DFlashDraft) -> Evaluation:
+    def __call__(self, target: Decoder, draft: Draft) -> Evaluation:
         """The score is the acceptance length; 0 where no prompt had a round. The first call's time is compilation."""
         found = self.generate(target, self.prompts, draft, self.max_new_tokens, self.stop_token_ids)
         rounds = [n for row in found.rounds for n in row]
@@ -86,28 +88,32 @@ class Answers:
 
 def draft_evaluator(
     loss: BlockDiffusionLoss, target: Decoder, batches: Sequence[HostBatch], answers: Answers | None = None
-) -> Callable[[DFlashDraft], Evaluation]:
+) -> Callable[[Draft], Evaluation]:
     """Measures a draft: loss and acc@k against the data, acceptance length against the target, answers with it.
 
-    The score is the acceptance length of the answers; without them the teacher-forced one: how many of the target's
-    own greedy choices a block matches, plus one.
+    Of a draft that was trained with masked anchors, too, the teacher-forced measure is taken with these as well: what
+    decoding in one pass a round begins with. The score is the acceptance length of the answers; without them the
+    teacher-forced one: how many of the target's own greedy choices a block matches, plus one.
     """
 
-    def sums(draft: DFlashDraft, target: Decoder, batch: Batch) -> tuple[Sums, Sums]:
+    def sums(draft: Draft, target: Decoder, batch: Batch) -> tuple[Sums, ...]:
         loss_sum, data = loss(draft, target, batch)
-        greedy = loss.against_target(draft, target, batch)
-        return (
-            {"loss_sum": loss_sum, "weight": data.weight, **data.statistics},
-            {"loss_sum": greedy.loss_sum, "weight": greedy.weight_sum, **statistics(greedy)},
-        )
+        greedy = [loss.against_target(draft, target, batch)]
+        if isinstance(draft, LoRADraft) and 0 < draft.config.masked_anchor < 1:
+            nothing = jnp.zeros((*batch["anchors"].shape, draft.config.block_size), bool)
+            greedy.append(loss.against_target(draft, target, batch | {"shown": jax.reshard(nothing, SPECS.act_bNB)}))
+        against = ({"loss_sum": g.loss_sum, "weight": g.weight_sum, **statistics(g)} for g in greedy)
+        return {"loss_sum": loss_sum, "weight": data.weight, **data.statistics}, *against
 
     jitted = jax.jit(sums)
 
-    def evaluate(draft: DFlashDraft) -> Evaluation:
-        data, greedy = _total(lambda batch: jitted(draft, target, batch), batches, 2)
+    def evaluate(draft: Draft) -> Evaluation:
+        data, greedy, *masked = _total(lambda batch: jitted(draft, target, batch), batches)
         against = readable(greedy)
         names = ("acceptance_length_tf", "acceptance_length_sampled_tf")
         metrics = readable(data) | {name: against[name] for name in names}
+        if masked:
+            metrics["acceptance_length_masked_anchor_tf"] = readable(masked[0])["acceptance_length_tf"]
         if answers is None:
             return Evaluation(metrics, metrics["acceptance_length_tf"])
         answered = answers(target, draft)
@@ -126,17 +132,17 @@ def causal_lm_evaluator(loss: CausalLMLoss, batches: Sequence[HostBatch]) -> Cal
     jitted = jax.jit(sums)
 
     def evaluate(model: Decoder) -> Evaluation:
-        (total,) = _total(lambda batch: jitted(model, batch), batches, 1)
+        (total,) = _total(lambda batch: jitted(model, batch), batches)
         metrics: Metrics = readable(total)
         return Evaluation(metrics, -metrics["loss"])
 
     return evaluate
 
 
-def _total(run: Callable[[Batch], Any], batches: Sequence[HostBatch], parts: int) -> list[dict[str, np.ndarray]]:
-    totals: list[dict[str, np.ndarray]] = [{} for _ in range(parts)]
+def _total(run: Callable[[Batch], Any], batches: Sequence[HostBatch]) -> list[dict[str, np.ndarray]]:
+    totals: list[dict[str, np.ndarray]] = []
     for host_batch in batches:
         batch = {name: x[0] for name, x in to_device(host_batch, 1).items()}
-        for i, part in enumerate(fetch(run(batch))):
-            totals[i] = add(totals[i], part)
+        parts = fetch(run(batch))
+        totals = [add(total, part) for total, part in zip(totals or [{}] * len(parts), parts, strict=True)]
     return totals

@@ -8,7 +8,7 @@ import jax
 
 from specjax.models.decoder import BlockConfig, DecoderConfig
 from specjax.models.dflash import DFlashConfig
-from specjax.models.lora import LoRAConfig
+from specjax.models.lora import LoRAConfig, projection_shapes
 from specjax.models.lora_draft import LoRADraftConfig
 
 # Dense bf16 peak of one device in TFLOP/s, by the vendors' data sheets, keyed by `jax.Device.device_kind`.
@@ -33,8 +33,9 @@ DFLASH_FORMULA = (
     "4*V*H*rows (frozen head; 6 with a teacher) + 12*pairs_draft*heads*head_dim; recompute excluded"
 )
 LORA_FORMULA = (
-    "2*N_target*T + 4*pairs_target (forward only) + 4*N_layers*N*B (frozen) + 6*N_adapters*N*B + "
-    "4*V*H*rows (frozen head; 6 with a teacher) + 12*pairs_draft*heads*head_dim; recompute excluded"
+    "2*N_target*T + 4*pairs_target (forward only; 0 with an adapted context and no teacher) + (4*N_layers (frozen) + "
+    "6*N_adapters)*(N*B, and T of an adapted context) + 4*V*H*rows (frozen head; 6 with a teacher) + (8*pairs with "
+    "frozen keys + 12*pairs with adapted ones)*heads*head_dim; recompute excluded"
 )
 CAUSAL_LM_FORMULA = "6*N*T + 12*pairs*heads*head_dim; recompute excluded"
 
@@ -85,10 +86,11 @@ def lora_step_flops(target: DecoderConfig, draft: LoRADraftConfig, shape: StepSh
     slots = rows * shape.num_anchors * draft.block_size
     frozen, trained = layer_parameters(target.block), adapter_parameters(target.block, draft.lora)
     per_token = layers * (4.0 * frozen + 6.0 * trained)
-    heads = 12.0 * layers * target.num_attention_heads * target.head_dim
-    total = per_token * slots + heads * slots * (length / 2 + draft.block_size)
+    heads = layers * target.num_attention_heads * target.head_dim
+    of_context = 12.0 if draft.adapt_context else 8.0  # the context's own keys and values have no gradient else
+    total = per_token * slots + heads * slots * (of_context * length / 2 + 12.0 * draft.block_size)
     if draft.adapt_context:
-        total += per_token * rows * length + heads * rows * length**2 / 2
+        total += per_token * rows * length + 12.0 * heads * rows * length**2 / 2
     if teacher or not draft.adapt_context:
         total += _forward_flops(target, layers, shape)
     return total + _head_flops(target.vocab_size, target.hidden_size, draft.block_size, shape, teacher)
@@ -96,11 +98,8 @@ def lora_step_flops(target: DecoderConfig, draft: LoRADraftConfig, shape: StepSh
 
 def adapter_parameters(block: BlockConfig, lora: LoRAConfig) -> int:
     """Parameters of one layer's adapters."""
-    d, inner = block.hidden_size, block.intermediate_size
-    queries, keys = block.num_attention_heads * block.head_dim, block.num_key_value_heads * block.head_dim
-    sizes = {"q_proj": (d, queries), "k_proj": (d, keys), "v_proj": (d, keys), "o_proj": (queries, d)}
-    sizes |= {"gate_proj": (d, inner), "up_proj": (d, inner), "down_proj": (inner, d)}
-    return lora.r * sum(sum(sizes[name]) for name in lora.target_modules)
+    shapes = projection_shapes(block)
+    return lora.r * sum(sum(shapes[name]) for name in lora.target_modules)
 
 
 def _forward_flops(target: DecoderConfig, layers: int, shape: StepShape) -> float:

@@ -97,18 +97,19 @@ class BlockDiffusionLoss:
             context_kv = draft.context_kv(draft.context(jax.lax.stop_gradient(output.taps)), positions)
             return draft(noise, context_kv, *ranges, **how)
         key = batch.get("dropout_key")
+        of_context, of_blocks = (None, None) if key is None else jax.random.split(key)
         if draft.config.adapt_context:
             output = target(
                 batch["input_ids"],
                 document_start_bt=document_starts(documents),
                 adapters=draft.adapters,
-                dropout_key=None if key is None else jax.random.fold_in(key, 1),
+                dropout_key=of_context,
                 keep_keys=True,
                 **how,
             )
         assert output.cache is not None
         context_kv = tuple(zip(output.cache.keys, output.cache.values, strict=True))
-        return draft(target, noise, context_kv, *ranges, dropout_key=key, **how)
+        return draft(target, noise, context_kv, *ranges, dropout_key=of_blocks, **how)
 
     def of_hidden(
         self, hidden: jax.Array, target: Decoder, labels: jax.Array, slots: jax.Array, teacher: Teacher | None

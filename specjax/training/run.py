@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from specjax.training.step import make_train_step
 from specjax.training.tasks import Task, causal_lm_task, compute_dtype, draft_config_of, draft_task
 from specjax.weights import model_folder, read_target_config, target_digest
 from specjax.weights.config_fields import read_json
-from specjax.weights.orbax_checkpoint import latest_step
+from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, latest_step
 from specjax.weights.side_files import copy_side_files
 from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
@@ -278,11 +279,12 @@ def _write_files(run: Path, config: RunConfig, files: dict[str, Any]) -> None:
     for name, value in files.items():
         path = run / name
         if resumes and path.exists() and read_json(path) != json.loads(json.dumps(value)):
-            changed = (
-                "other files of data.train or data.validation than there are now; restore them"
-                if name == DATA_FILE
-                else f"another target or mask token than {config.target.path} has now; restore it"
-            )
+            changed = f"another target or mask token than {config.target.path} has now; restore it"
+            if name == DATA_FILE:
+                changed = "other files of data.train or data.validation than there are now; restore them"
+            elif config.kind == "lora" and name == RUN_DRAFT_CONFIG:
+                found = [_differences(key, old, value[key]) for key, old in read_json(path).items() if key in value]
+                changed = f"other adapters: {'; '.join(chain(*found))}; restore them"
             raise InputError(f"{path}: the run to resume was made with {changed} or choose another output_dir")
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ class TrainState(Generic[Model]):
     """The trained module (float32 masters), its optimizer state, and the number of updates made (int32 scalar).
 
     average: the running average of the module's parameters, None without `optimizer.ema_decay`.
-    The data position is a function of `step`, and all randomness of the run (anchors, shuffling) is a function of
-    the run's seed and the data position, so nothing else has to be saved.
+    The data position is a function of `step`, and all randomness of the run (anchors, shuffling, dropout) is a
+    function of the run's seed, the data position and `step`, so nothing else has to be saved.
     """
 
     step: jax.Array

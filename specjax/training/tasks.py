@@ -40,6 +40,7 @@ from specjax.weights.config_fields import read_json
 from specjax.weights.fingerprint import FINGERPRINT_FILE
 from specjax.weights.load import CONFIG_FILE as MODEL_CONFIG_FILE
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, RUN_LORA_BASE, RUN_TARGET_CONFIG
+from specjax.weights.peft import ADAPTER_CONFIG_FILE
 from specjax.weights.side_files import unshaping_fields
 from specjax.weights.tokenizer import load_tokenizer, resolve_mask_token_id, stop_token_ids
 
@@ -165,7 +166,11 @@ def lora_draft_config_of(config: RunConfig) -> LoRADraftConfig:
         source, words = "lora", section.model_dump(mode="json", include={*PEFT_WORDS})
         raw = words | {"peft_type": "LORA"}
     else:
-        source, raw = section.peft_config, read_json(Path(section.peft_config))
+        path = Path(section.peft_config)
+        path = path / ADAPTER_CONFIG_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"lora.peft_config {path}: no such file; give an {ADAPTER_CONFIG_FILE}, or its folder")
+        source, raw = str(path), read_json(path)
     adapters = adapter_config_from_peft(raw, source, target)
     try:
         return LoRADraftConfig(

@@ -139,6 +139,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder holds a config.json") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a JSON file") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not JSON ({error}); fetch the file again") from None
     if not isinstance(value, dict):

@@ -17,6 +17,7 @@ from specjax.models.decoder import DecoderConfig
 from specjax.models.lora import PROJECTIONS, LoRAAdapters, LoRAConfig
 from specjax.models.sharding import mesh_scope
 from specjax.weights.config_fields import BOOKKEEPING, ConfigReader, FieldTables, raise_problems, read_json
+from specjax.weights.fingerprint import FINGERPRINT_FILE
 from specjax.weights.key_tables import ADAPTER_KEYS
 from specjax.weights.load import plan_loading, read_planned
 from specjax.weights.module_params import abstract_module, flat_params, with_params
@@ -122,7 +123,12 @@ def save_adapters(
     """Writes `adapters` in `dtype` so that `peft.PeftModel.from_pretrained` loads them; other files of `folder` stay.
 
     base_name: path or hub id of the base, by which `peft.AutoPeftModelForCausalLM` finds it; None: unsaid.
+
+    Raises:
+        InputError: the folder holds a draft, whose settings would then be said of other adapters.
     """
+    if (Path(folder) / FINGERPRINT_FILE).exists():
+        raise InputError(f"{folder}: holds a draft, with {FINGERPRINT_FILE}; give a folder of its own")
     return write_adapter_folder(adapters, Path(folder), base_name, jnp.dtype(dtype), {}, ADAPTER_FILES)
 
 

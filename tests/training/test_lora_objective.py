@@ -134,6 +134,11 @@ def test_a_draft_of_masked_anchors_alone_is_evaluated_with_these(case: Case) -> 
     greedy = sums_of(case, logits, lambda row, x: int(case.logits[row, x - 1].argmax()))
     host = {name: np.asarray(x) for name, x in case.batch.items()}
     assert draft_evaluator(LOSS, case.target, [host])(draft).score == greedy["prefix"] / greedy["blocks"]
+    draft.config = dataclasses.replace(draft.config, masked_anchor=0.5)
+    both = draft_evaluator(LOSS, case.target, [host])(draft).metrics
+    found = both.pop("acceptance_length_masked_anchor_tf")
+    assert found == greedy["prefix"] / greedy["blocks"]
+    assert both == pytest.approx(draft_evaluator(LOSS, case.target, [host])(case.draft).metrics)
 
 
 def test_the_teacher_is_the_target_without_adapters(case: Case) -> None:

@@ -148,7 +148,7 @@ def test_flops_of_a_step_by_hand() -> None:
     parts = {
         "frozen matrices, forward and backward to their input": 4 * 6 * layer * slots,
         "adapters": 6 * 6 * adapters * slots,
-        "attention of the blocks, 4 context keys and 4 own ones": 12 * 6 * (slots * (4 + 4)) * 20,
+        "attention of the blocks, 4 context keys without a gradient and 4 own ones": 6 * slots * (8 * 4 + 12 * 4) * 20,
         "head": 4 * 1000 * 10 * 2 * 3 * 3,
     }
     alone = sum(parts.values())
@@ -157,6 +157,7 @@ def test_flops_of_a_step_by_hand() -> None:
     assert lora_step_flops(target, lora, StepShape(2, 8, 3), teacher=True) == taught
     adapted = replace(lora, adapt_context=True)
     context = (4 * 6 * layer + 6 * 6 * adapters) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20
+    context += 6 * slots * 4 * 4 * 20  # the context's keys have one now
     assert lora_step_flops(target, adapted, StepShape(2, 8, 3)) == alone + context
     assert lora_step_flops(target, adapted, StepShape(2, 8, 3), teacher=True) == taught + context
     expected = 6 * (6 * layer + 1000 * 10) * tokens + 12 * 6 * (2 * 8 * 8 / 2) * 20

@@ -144,12 +144,19 @@ def test_meshes_load_and_save_the_same(tmp_path: Path) -> None:
 
 def test_saving_leaves_everything_but_an_older_adapter_alone(tmp_path: Path) -> None:
     adapters = tiny_adapters(LoRAConfig(3, 3.0))
-    kept = ("model.safetensors", "config.json", "specjax.json", "mask_embedding.pt")
+    kept = ("model.safetensors", "config.json", "mask_embedding.pt")
     for name in (*kept, "adapter_model.bin"):
         (tmp_path / name).write_text("x")
     save_adapters(adapters, tmp_path, base_name=None)
     written = {"adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in tmp_path.iterdir()} == {*kept, *written}
+
+
+def test_adapters_do_not_slip_under_the_settings_of_a_draft(tmp_path: Path) -> None:
+    (tmp_path / "specjax.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds a draft, with specjax\.json"):
+        save_adapters(tiny_adapters(LoRAConfig(3, 3.0)), tmp_path, base_name=None)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_the_config_is_written_in_pefts_words() -> None:
