@@ -85,7 +85,8 @@ def test_a_step_of_adapters_is_measured_whole(tmp_path: Path, capsys: pytest.Cap
     report = measure(tmp_path, config)
     assert report["draft"] == "adapters"
     assert not {"parts_s", "context_scores"} & set(report)
-    assert "4*N_layers*N*B (frozen)" in capsys.readouterr().out
+    assert "6*N_adapters" in report["flops_formula"]
+    assert "adapters, float32, target runs" in capsys.readouterr().out
     message = "kind lora needs the target's keys, not captured states"
     for argument in (["--captured"], ["--compare", "torch"]):
         assert message in refusal([config, *argument], capsys)
