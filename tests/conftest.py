@@ -14,9 +14,9 @@ COMPILATION_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 
 
 def xla_flags(devices: int) -> str:
-    """Virtual CPU devices, little optimisation by LLVM, which saves more than it costs, and patience when busy."""
+    """Virtual CPU devices, no optimisation by LLVM, which saves more than it costs, and patience when busy."""
     timeout = "--xla_cpu_collective_call_terminate_timeout_seconds=600"  # after 40 the process would be aborted
-    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=1 {timeout}"
+    return f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0 {timeout}"
 
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # else an installed libtpu is started

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from specjax.decoding.loop import PLAIN, Drafting
+from specjax.decoding.drafting import PLAIN, Drafting
 from specjax.decoding.tree import MOST_TREE_NODES
 
 DRAFT_ROUNDS = 16  # between two choices

@@ -17,8 +17,8 @@ from specjax.decoding.batch import Batch
 from specjax.decoding.benchmark_settings import AR, AUTO, Settings, Way, check_settings
 from specjax.decoding.differences import differences
 from specjax.decoding.drafter import drafter_of
+from specjax.decoding.drafting import Drafting
 from specjax.decoding.generate import Generation, generate
-from specjax.decoding.loop import Drafting
 from specjax.decoding.step_costs import ar_seconds, round_seconds
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft

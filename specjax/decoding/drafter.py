@@ -16,6 +16,19 @@ from specjax.models.one_pass import OnePass, run_one_pass
 from specjax.models.sharding import SPECS
 
 
+class Rows(NamedTuple):
+    """Where b rows stand before a round.
+
+    token: [b] int32, the last one known. length: [b] int32, its position. done: [b] bool, rows for which nothing is
+    kept. cache: the target's, with the tokens before.
+    """
+
+    token: jax.Array
+    length: jax.Array
+    done: jax.Array
+    cache: KVCache
+
+
 class Seen(NamedTuple):
     """What the target has run: tokens [b, t] int32, its taps of them [b, t, m] (None without `tap_ids`), their
     positions [b, t], and the slots [b, t] to keep them in; a slot outside the capacity is not kept."""
@@ -47,19 +60,10 @@ class Drafter(Protocol):
         length.
         """
 
-    def draft_logits(
-        self,
-        state: Any,
-        target: Decoder,
-        cache: KVCache,
-        last_token_b: jax.Array,
-        length_b: jax.Array,
-        draft_tokens: int,
-    ) -> jax.Array:
-        """Logits [b, draft_tokens, v], float32, of the tokens at positions length + 1, ...
+    def draft_logits(self, state: Any, target: Decoder, rows: Rows, draft_tokens: int) -> jax.Array:
+        """Logits [b, draft_tokens, v], float32, of the tokens after the known one.
 
-        `last_token_b` sits at position `length_b`; the target's `cache` holds the tokens before it. At most
-        block_size - 1 tokens; of fewer the logits are the same.
+        At most block_size - 1 tokens; of fewer the logits are the same.
         """
 
 
@@ -123,20 +127,12 @@ class DFlashDrafter:
             state = state.write(layer, keys, values, seen.slots)
         return state
 
-    def draft_logits(
-        self,
-        state: KVCache,
-        target: Decoder,
-        cache: KVCache,
-        last_token_b: jax.Array,
-        length_b: jax.Array,
-        draft_tokens: int,
-    ) -> jax.Array:
-        """Context is strictly before the last token, whose own hidden state the target has not computed yet."""
+    def draft_logits(self, state: KVCache, target: Decoder, rows: Rows, draft_tokens: int) -> jax.Array:
+        """Context is strictly before the known token, whose own hidden state the target has not computed yet."""
         config = self.model.config
-        noise = self.model.embed_noise(target, _block(last_token_b, config.block_size, config.mask_token_id))
+        noise = self.model.embed_noise(target, _block(rows.token, config.block_size, config.mask_token_id))
         context_kv = tuple(zip(state.keys, state.values, strict=True))
-        stop = length_b[:, None]
+        stop = rows.length[:, None]
         hidden = self.model(noise, context_kv, jnp.zeros_like(stop), stop)[:, 0, 1 : draft_tokens + 1]
         return target.logits(hidden)
 
@@ -176,22 +172,14 @@ class LoRADrafter:
         adapters = self.model.adapters
         return target(seen.tokens, seen.positions, cache=state, slots_bt=seen.slots, adapters=adapters).cache
 
-    def draft_logits(
-        self,
-        state: KVCache | Ahead | None,
-        target: Decoder,
-        cache: KVCache,
-        last_token_b: jax.Array,
-        length_b: jax.Array,
-        draft_tokens: int,
-    ) -> jax.Array:
+    def draft_logits(self, state: KVCache | Ahead | None, target: Decoder, rows: Rows, draft_tokens: int) -> jax.Array:
         config = self.model.config
         if config.masked_anchor == 1:  # it has never seen a known one
-            noise = self.model.unknown_blocks(target, len(length_b), 1)
+            noise = self.model.unknown_blocks(target, len(rows.length), 1)
         else:
-            noise = self.model.embed_noise(target, _block(last_token_b, config.block_size, config.mask_token_id))
-        context = state if isinstance(state, KVCache) else cache
-        return target.logits(self._hidden(target, noise, context, length_b)[:, 1 : draft_tokens + 1])
+            noise = self.model.embed_noise(target, _block(rows.token, config.block_size, config.mask_token_id))
+        context = state if isinstance(state, KVCache) else rows.cache
+        return target.logits(self._hidden(target, noise, context, rows.length)[:, 1 : draft_tokens + 1])
 
     def draft_ahead(self, target: Decoder, cache: KVCache, length_b: jax.Array) -> Ahead:
         noise = self.model.unknown_blocks(target, len(length_b), 1)
@@ -229,7 +217,7 @@ def one_pass_drafter(drafter: Drafter | None) -> OnePassDrafter | None:
     return drafter if isinstance(drafter, OnePassDrafter) and drafter.drafts_ahead else None
 
 
-def _block(last_token_b: jax.Array, size: int, mask_token_id: int) -> jax.Array:
+def _block(token_b: jax.Array, size: int, mask_token_id: int) -> jax.Array:
     """[b, 1, B]: the known token, then MASK."""
-    masks = jnp.full((last_token_b.shape[0], size - 1), mask_token_id, jnp.int32)
-    return jnp.concatenate([last_token_b[:, None], jax.reshard(masks, SPECS.act_bt)], axis=1)[:, None]
+    masks = jnp.full((token_b.shape[0], size - 1), mask_token_id, jnp.int32)
+    return jnp.concatenate([token_b[:, None], jax.reshard(masks, SPECS.act_bt)], axis=1)[:, None]

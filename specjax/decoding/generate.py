@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from specjax.decoding.auto_width import AutoWidth, Choice, Measured
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import Drafter, drafter_of, one_pass_drafter
+from specjax.decoding.drafting import PLAIN, Drafting
 from specjax.decoding.flat import Flat
 from specjax.decoding.inputs import (
     Ids,
@@ -32,7 +33,7 @@ from specjax.decoding.inputs import (
     integers,
     per_prompt,
 )
-from specjax.decoding.loop import PLAIN, TAPS_BUFFER, DecodeState, Drafting, Limits, decode
+from specjax.decoding.loop import TAPS_BUFFER, DecodeState, Limits, decode
 from specjax.decoding.text import StopStrings
 from specjax.errors import InputError
 from specjax.fetch import fetch

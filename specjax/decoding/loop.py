@@ -21,12 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.decoding.drafter import Drafter, Seen, one_pass_drafter
+from specjax.decoding.drafter import Drafter, Rows, Seen, one_pass_drafter
+from specjax.decoding.drafting import Drafting, draft_and_verify
 from specjax.decoding.flat import Flat, whole
-from specjax.decoding.sampling import Sampling, choose, masked
-from specjax.decoding.target_pass import Verified, verify_and_draft, verify_chain, verify_tree
-from specjax.decoding.tree import draft_tree
-from specjax.decoding.verify import propose
+from specjax.decoding.sampling import Sampling, choose
+from specjax.decoding.target_pass import Verified
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS
@@ -130,25 +129,6 @@ def prefill(
     return _commit(state, limits, first, jnp.zeros_like(state.length))
 
 
-@dataclass(frozen=True)
-class Drafting:
-    """What a round drafts, and how it is verified; static.
-
-    draft_tokens: the length of the chain, or the depth of the tree; 0 decodes autoregressively. tree_nodes: drafts of a
-    tree; 0: a chain. rule, draft_choice: see `verify`; a tree is verified by `match`. one_pass: a chain's drafts come
-    from the pass that verified the round before, see `models.one_pass`; of a `OnePassDrafter`.
-    """
-
-    draft_tokens: int
-    tree_nodes: int = 0
-    rule: str = "match"
-    draft_choice: str = "argmax"
-    one_pass: bool = False
-
-
-PLAIN = Drafting(0)
-
-
 def decode_round(
     target: Decoder,
     drafter: Drafter | None,
@@ -239,31 +219,12 @@ def _round(
     drafting: Drafting,
 ) -> tuple[DecodeState, Verified]:
     """A round that the drafter has not taken in yet."""
-    known, length, done = _token_at(state.tokens, state.length), state.length, state.done
-    tap_ids = drafter.tap_ids if drafter is not None else ()
-    block, logits, drafter_state = known[:, None], None, state.drafter
-    ahead = one_pass_drafter(drafter) if drafting.one_pass else None
-    if ahead is not None:
-        logits = ahead.ahead_logits(state.drafter, target, drafting.draft_tokens)
-    elif drafter is not None and drafting.draft_tokens:
-        logits = drafter.draft_logits(state.drafter, target, state.cache, known, length, drafting.draft_tokens)
-    if logits is not None and drafting.tree_nodes:
-        tree = draft_tree(known, masked(logits, sampling), drafting.tree_nodes)
-        verified = verify_tree(target, tap_ids, tree, length, done, state.cache, sampling)
-    else:
-        if logits is not None:
-            rule, choice = drafting.rule, drafting.draft_choice
-            drafts = propose(logits, length, sampling, rule=rule, draft_choice=choice)
-            block = jnp.concatenate([block, drafts], axis=1)
-        law = logits if drafting.draft_choice == "sample" else None
-        how = block, law, length, done, state.cache, sampling, drafting.rule
-        if ahead is not None:
-            verified, drafter_state = verify_and_draft(target, ahead, *how)
-        else:
-            verified = verify_chain(target, tap_ids, *how)
-    advanced = jnp.where(done, 0, verified.matched + 1)
+    rows = Rows(_token_at(state.tokens, state.length), state.length, state.done, state.cache)
+    verified = draft_and_verify(target, drafter, state.drafter, rows, sampling, drafting)
+    drafter_state = state.drafter if verified.ahead is None else verified.ahead
+    advanced = jnp.where(state.done, 0, verified.matched + 1)
     rounds = jax.vmap(lambda row, value: row.at[state.round].set(value, mode="drop"))(state.rounds, advanced)
-    finite = state.finite & (done | verified.finite)
+    finite = state.finite & (state.done | verified.finite)
     round_ = state.round + 1
     state = replace(state, cache=verified.cache, drafter=drafter_state, rounds=rounds, round=round_, finite=finite)
     return _commit(state, limits, verified.tokens, verified.matched), verified

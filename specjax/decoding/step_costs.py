@@ -13,15 +13,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from specjax.decoding.batch import Batch
-from specjax.decoding.drafter import Drafter, one_pass_drafter
+from specjax.decoding.drafter import Drafter, Rows
+from specjax.decoding.drafting import PLAIN, Drafting, draft_and_verify
 from specjax.decoding.flat import Flat, whole
-from specjax.decoding.loop import PLAIN, DecodeState, Drafting
+from specjax.decoding.loop import DecodeState
 from specjax.decoding.sampling import Sampling
-from specjax.decoding.target_pass import Verified, verify_and_draft, verify_chain, verify_tree
-from specjax.decoding.tree import DraftTree, draft_tree
-from specjax.decoding.verify import propose
+from specjax.decoding.target_pass import Verified, verify_chain, verify_tree
+from specjax.decoding.tree import DraftTree
 from specjax.models.decoder import Decoder
-from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS, put
 
 ROUNDS = 16  # of a measurement
@@ -100,12 +99,12 @@ def _verify(
     """The target's pass, with its choices fed back so that nothing is skipped."""
     if drafting.tree_nodes:
         tree = _some_tree(state, drafting)
-        return _fed_back(state, verify_tree(target, (), tree, *_rows(state), sampling))
-    block = state.tokens[:, : drafting.draft_tokens + 1]
+        return _fed_back(state, verify_tree(target, _rows(state), tree, sampling))
+    drafts = state.tokens[:, 1 : drafting.draft_tokens + 1]
     law = None
     if drafting.draft_choice == "sample":  # some law: what a rule costs does not depend on it
-        law = jax.reshard(jax.nn.one_hot(block[:, 1:], target.config.vocab_size), SPECS.act_btv)
-    return _fed_back(state, verify_chain(target, (), block, law, *_rows(state), sampling, drafting.rule))
+        law = jax.reshard(jax.nn.one_hot(drafts, target.config.vocab_size), SPECS.act_btv)
+    return _fed_back(state, verify_chain(target, _rows(state), drafts, law, sampling, drafting.rule))
 
 
 def _draft_and_verify(
@@ -113,32 +112,15 @@ def _draft_and_verify(
 ) -> DecodeState:
     """A round without its bookkeeping: nothing is committed."""
     assert drafter is not None
-    known, tap_ids, drafter_state = state.tokens[:, 0], drafter.tap_ids, state.drafter
-    ahead = one_pass_drafter(drafter) if drafting.one_pass else None
-    if ahead is not None:
-        logits = ahead.ahead_logits(drafter_state, target, drafting.draft_tokens)
-    else:
-        logits = drafter.draft_logits(drafter_state, target, state.cache, known, state.length, drafting.draft_tokens)
-    if drafting.tree_nodes:
-        tree = draft_tree(known, logits, drafting.tree_nodes)
-        verified = verify_tree(target, tap_ids, tree, *_rows(state), sampling)
-    else:
-        rule, choice = drafting.rule, drafting.draft_choice
-        drafts = propose(logits, state.length, sampling, rule=rule, draft_choice=choice)
-        block = jnp.concatenate([known[:, None], drafts], axis=1)
-        law = logits if choice == "sample" else None
-        how = block, law, *_rows(state), sampling, rule
-        if ahead is not None:
-            verified, drafter_state = verify_and_draft(target, ahead, *how)
-        else:
-            verified = verify_chain(target, tap_ids, *how)
+    verified = draft_and_verify(target, drafter, state.drafter, _rows(state), sampling, drafting)
+    drafter_state = state.drafter if verified.ahead is None else verified.ahead
     observed = drafter.observe(drafter_state, target, verified.seen)
     return dataclasses.replace(_fed_back(state, verified), drafter=observed)
 
 
-def _rows(state: DecodeState) -> tuple[jax.Array, jax.Array, KVCache]:
-    """Where rows stand, that none is done, and the target's cache."""
-    return state.length, jnp.zeros_like(state.done), state.cache
+def _rows(state: DecodeState) -> Rows:
+    """The state's rows, of which none is done."""
+    return Rows(state.tokens[:, 0], state.length, jnp.zeros_like(state.done), state.cache)
 
 
 def _fed_back(state: DecodeState, verified: Verified) -> DecodeState:

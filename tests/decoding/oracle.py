@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.decoding.drafter import Ahead, Drafter, OnePassDrafter, Seen, one_pass_drafter
+from specjax.decoding.drafter import Ahead, Drafter, OnePassDrafter, Rows, Seen, one_pass_drafter
 from specjax.models.decoder import Decoder
 from specjax.models.kv_cache import KVCache
 from specjax.models.one_pass import OnePass
@@ -48,16 +48,8 @@ class Oracle(Stateless):
         positions = length_b[:, None] + 1 + jnp.arange(draft_tokens)
         return jax.vmap(lambda row, at: row[at])(self.table, positions)
 
-    def draft_logits(
-        self,
-        state: None,
-        target: Decoder,
-        cache: KVCache,
-        last_token_b: jax.Array,
-        length_b: jax.Array,
-        draft_tokens: int,
-    ) -> jax.Array:
-        return self.logits(target, length_b, draft_tokens)
+    def draft_logits(self, state: None, target: Decoder, rows: Rows, draft_tokens: int) -> jax.Array:
+        return self.logits(target, rows.length, draft_tokens)
 
     def logits(self, target: Decoder, length_b: jax.Array, draft_tokens: int) -> jax.Array:
         upcoming = self.upcoming(length_b, draft_tokens)
@@ -110,17 +102,9 @@ class Mixture:
         assert inner is not None
         return inner
 
-    def draft_logits(
-        self,
-        state: Any,
-        target: Decoder,
-        cache: KVCache,
-        last_token_b: jax.Array,
-        length_b: jax.Array,
-        draft_tokens: int,
-    ) -> jax.Array:
-        own = self.inner.draft_logits(state, target, cache, last_token_b, length_b, draft_tokens)
-        return self._mixed(own, target, length_b, draft_tokens)
+    def draft_logits(self, state: Any, target: Decoder, rows: Rows, draft_tokens: int) -> jax.Array:
+        own = self.inner.draft_logits(state, target, rows, draft_tokens)
+        return self._mixed(own, target, rows.length, draft_tokens)
 
     def _mixed(self, own: jax.Array, target: Decoder, length_b: jax.Array, draft_tokens: int) -> jax.Array:
         known = Oracle(self.known, self.block_size).upcoming(length_b, draft_tokens)

@@ -10,7 +10,7 @@ import pytest
 
 from specjax.decoding import AutoWidth, DFlashDrafter, Stream, generate
 from specjax.decoding.auto_width import Choice, Measured, Step
-from specjax.decoding.loop import PLAIN, Drafting
+from specjax.decoding.drafting import PLAIN, Drafting
 from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.oracle import Mixture, oracle, proposals
 from tests.decoding.tiny import FULL, SLIDING, TARGET, Cases, random_draft

@@ -12,7 +12,8 @@ import pytest
 from specjax import fetch
 from specjax.decoding import DFlashDrafter, generate
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import PLAIN, Drafting, decode, prefill
+from specjax.decoding.drafting import PLAIN, Drafting
+from specjax.decoding.loop import decode, prefill
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import make_mesh, mesh_scope
 from tests.decoding.tiny import FULL, SLIDING, TARGET, random_draft, random_target

@@ -11,7 +11,9 @@ import pytest
 
 from specjax.decoding import DFlashDrafter
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import DecodeState, Drafting, decode_round
+from specjax.decoding.drafter import Rows
+from specjax.decoding.drafting import Drafting
+from specjax.decoding.loop import DecodeState, decode_round
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.sharding import SPECS, mesh_scope, put
@@ -33,7 +35,8 @@ class Rounds(NamedTuple):
 @jax.jit
 def propose(target: Decoder, drafter: DFlashDrafter, state: DecodeState) -> jax.Array:
     last = jax.vmap(lambda row, i: row[i])(state.tokens, state.length)
-    logits = drafter.draft_logits(state.drafter, target, state.cache, last, state.length, drafter.block_size - 1)
+    rows = Rows(last, state.length, state.done, state.cache)
+    logits = drafter.draft_logits(state.drafter, target, rows, drafter.block_size - 1)
     return jnp.argmax(logits, axis=-1)
 
 

@@ -13,8 +13,9 @@ from flax import nnx
 
 from specjax.decoding import generate
 from specjax.decoding.batch import Batch
-from specjax.decoding.drafter import LoRADrafter
-from specjax.decoding.loop import PLAIN, Drafting, decode, prefill
+from specjax.decoding.drafter import LoRADrafter, Rows
+from specjax.decoding.drafting import PLAIN, Drafting
+from specjax.decoding.loop import decode, prefill
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig
 from specjax.models.kv_cache import KVCache
@@ -51,8 +52,12 @@ def filled_cache(target: Decoder, tokens_bt: jax.Array) -> KVCache:
 
 
 @jax.jit
-def draft_logits(draft: LoRADraft, target: Decoder, cache: KVCache, known: jax.Array, length: jax.Array) -> jax.Array:
-    return LoRADrafter(draft).draft_logits(None, target, cache, known, length, draft.config.block_size - 1)
+def draft_logits(draft: LoRADraft, state: KVCache | None, target: Decoder, rows: Rows) -> jax.Array:
+    return LoRADrafter(draft).draft_logits(state, target, rows, draft.config.block_size - 1)
+
+
+def rows_at(known: jax.Array, length: jax.Array, cache: KVCache) -> Rows:
+    return Rows(known, length, jnp.zeros_like(length, bool), cache)
 
 
 @jax.jit
@@ -79,7 +84,7 @@ def test_a_block_is_the_merged_models_over_the_targets_keys(kind: str) -> None:
         cache = filled_cache(target, rows)
         length = put(np.full(2, at, np.int32), SPECS.act_b)
         known = put(tokens[:, at], SPECS.act_b)
-        logits = draft_logits(draft, target, cache, known, length)
+        logits = draft_logits(draft, None, target, rows_at(known, length, cache))
     np.testing.assert_allclose(logits, np.asarray(expected)[:, 1:], atol=2e-4)
     assert np.abs(all_logits(target, tokens)[:, at] - np.asarray(logits)[:, 0]).max() > 0.1
 
@@ -111,7 +116,7 @@ def test_an_adapted_context_is_the_merged_models_own() -> None:
             expected = merged_logits(merged, merged, tokens, put(blocks, SPECS.act_bt), length)
             own_cache, known = filled_cache(merged, tokens), put(blocks[:, 0], SPECS.act_b)
             unused = jax.tree.map(jnp.zeros_like, own_cache)
-            logits = jax.jit(drafter.draft_logits, static_argnums=5)(own_cache, target, unused, known, at, size - 1)
+            logits = draft_logits(draft, own_cache, target, rows_at(known, at, unused))
             np.testing.assert_allclose(logits, expected[:, 1:], atol=2e-4)
 
 

@@ -15,7 +15,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from specjax.decoding import AutoWidth, Stream, generate
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import LoRADrafter
-from specjax.decoding.loop import PLAIN, Drafting, decode
+from specjax.decoding.drafting import PLAIN, Drafting
+from specjax.decoding.loop import decode
 from specjax.errors import InputError
 from specjax.models.decoder import DecoderConfig
 from specjax.models.lora import merge
@@ -63,7 +64,7 @@ def test_every_block_is_the_merged_models_after_its_token(kind: str) -> None:
         merged, rows = merge(target, draft.adapters), put(tokens, SPECS.act_bt)
         masks = put(np.full((2, SIZE), MASKED.mask_token_id, np.int32), SPECS.act_bt)
         expected = [merged_logits(target, merged, rows, masks, at + j + 1) for j in range(SIZE)]
-        own = target(rows).hidden[:, at : at + SIZE]
+        own = jax.jit(lambda target, rows: target(rows).hidden)(target, rows)[:, at : at + SIZE]
         whole = filled_cache(target, rows)
         positions = at + np.arange(SIZE, dtype=np.int32) + np.zeros((2, 1), np.int32)
         found = jax.jit(run_one_pass)(
@@ -104,8 +105,8 @@ def test_what_is_carried_is_a_draft_pass_where_rows_stand(config: LoRADraftConfi
             assert (np.asarray(found.length) == np.asarray(state.length))[going].all()
             np.testing.assert_allclose(np.asarray(found.hidden)[going], np.asarray(expected.hidden)[going], atol=1e-4)
             assert np.abs(expected.hidden).max() > 1
-            for now, then in zip(jax.tree.leaves(state.cache), jax.tree.leaves(before), strict=True):
-                np.testing.assert_array_equal(np.asarray(now)[done], then[done])
+            for kept_now, kept_before in zip(jax.tree.leaves(state.cache), jax.tree.leaves(before), strict=True):
+                np.testing.assert_array_equal(np.asarray(kept_now)[done], kept_before[done])
     assert done.any()
     assert kept == set(range(1, SIZE + 1))
 
@@ -157,22 +158,25 @@ def test_a_sliding_targets_answers(case: Cases) -> None:
     assert {r for row in found.rounds for r in row} == set(range(1, SIZE + 1))
 
 
-BY_LAW = {"block": Drafting(SIZE - 1, 0, "block", "sample"), "rejection": Drafting(SIZE - 1, 0, "rejection", "sample")}
+TREE = Drafting(SIZE - 1, tree_nodes=6)
 
 
-@pytest.mark.parametrize("rule", list(BY_LAW))
-def test_drafts_are_those_of_two_passes_that_know_no_anchor(rule: str) -> None:
+@pytest.mark.parametrize(("rule", "others"), [("block", (PLAIN, TREE)), ("rejection", ())])
+def test_drafts_are_those_of_two_passes_that_know_no_anchor(rule: str, others: tuple[Drafting, ...]) -> None:
     """By rules whose tokens follow the drafts' law: the same tokens in the same rounds, after other rounds, too.
 
     A draft that has seen known anchors does not draft these.
     """
-    two, tree = BY_LAW[rule], Drafting(SIZE - 1, tree_nodes=6)
+    two = Drafting(SIZE - 1, 0, rule, "sample")
     one = dataclasses.replace(two, one_pass=True)
 
-    def decoded(drafting: Drafting, config: LoRADraftConfig) -> tuple[list[list[int]], list[list[int]]]:
+    def decoded(
+        drafting: Drafting, config: LoRADraftConfig, others: tuple[Drafting, ...]
+    ) -> tuple[list[list[int]], list[list[int]]]:
         drafter = LoRADrafter(random_lora_draft(0, config))
         state = batch.prefill(target, drafter)
-        for i, each in enumerate((drafting, PLAIN, drafting, two, drafting, drafting, tree, drafting)):
+        between = ((other, drafting) for other in (drafting, two, *others))
+        for i, each in enumerate((drafting, *itertools.chain(*between))):
             until = put(np.int32(3 * i + 3), jax.P())
             state = decode(target, drafter, state, batch.limits, batch.sampling, until, drafting=each)
         return state.tokens.tolist(), state.rounds.tolist()
@@ -181,9 +185,9 @@ def test_drafts_are_those_of_two_passes_that_know_no_anchor(rule: str) -> None:
         target = random_target(0)
         batch = Batch.build(target, random_prompts(0, 3), [64] * 3, [[]] * 3, SIZE)
         batch = batch.with_sampling(3.0, None, None, [0, 1, 2])
-        expected = decoded(two, ALWAYS_MASKED)
-        assert decoded(one, ALWAYS_MASKED) == expected
-        assert decoded(two, MASKED) != expected
+        expected = decoded(two, ALWAYS_MASKED, others)
+        assert decoded(one, ALWAYS_MASKED, others) == expected
+        assert decoded(two, MASKED, ()) != decoded(two, ALWAYS_MASKED, ())
     assert {r for row in expected[1] for r in row} >= {1, 2, 3}
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from specjax.decoding import step_costs
+from specjax.decoding import drafting, step_costs
 from specjax.decoding.batch import Batch
 from specjax.decoding.drafter import DFlashDrafter, LoRADrafter
-from specjax.decoding.loop import Drafting
-from specjax.decoding.target_pass import verify_and_draft, verify_chain, verify_tree
+from specjax.decoding.drafting import Drafting
+from specjax.decoding.target_pass import verify_chain, verify_tree
 from specjax.models.lora import LoRAConfig
 from specjax.models.lora_draft import LoRADraft, LoRADraftConfig
 from specjax.models.sharding import mesh_scope
@@ -27,11 +27,12 @@ def test_a_round_costs_what_its_rule_does(monkeypatch: pytest.MonkeyPatch) -> No
     target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
     seen: list[tuple[Any, ...]] = []
 
-    def watching(target: Any, tap_ids: Any, block: Any, law: Any, *rest: Any) -> Any:
-        seen.append((rest[-1], block.shape, None if law is None else law.shape))
-        return verify_chain(target, tap_ids, block, law, *rest)
+    def watching(target: Any, rows: Any, drafts: Any, law: Any, sampling: Any, rule: str, **rest: Any) -> Any:
+        seen.append((rule, drafts.shape, None if law is None else law.shape))
+        return verify_chain(target, rows, drafts, law, sampling, rule, **rest)
 
-    monkeypatch.setattr(step_costs, "verify_chain", watching)
+    for module in (step_costs, drafting):
+        monkeypatch.setattr(module, "verify_chain", watching)
     with mesh_scope():
         batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
         sampling = batch.with_sampling(1.0, None, None, [0, 1]).sampling
@@ -40,7 +41,7 @@ def test_a_round_costs_what_its_rule_does(monkeypatch: pytest.MonkeyPatch) -> No
             for step in (step_costs._verify, step_costs._draft_and_verify):
                 run = partial(step, drafting=Drafting(2, 0, rule, choice))
                 jax.eval_shape(run, target, drafter, state, sampling)
-    assert seen == [("block", (2, 3), (2, 2, TARGET.vocab_size))] * 2 + [("rejection", (2, 3), None)] * 2
+    assert seen == [("block", (2, 2), (2, 2, TARGET.vocab_size))] * 2 + [("rejection", (2, 2), None)] * 2
 
 
 def test_one_pass_adds_its_blocks_to_the_pass_that_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,13 +49,12 @@ def test_one_pass_adds_its_blocks_to_the_pass_that_verifies(monkeypatch: pytest.
     config = LoRADraftConfig(LoRAConfig(r=2, alpha=2.0), block_size=4, mask_token_id=95, masked_anchor=0.5)
     target, seen = random_target(0), []
 
-    def watching(name: str, function: Any) -> Any:
-        return lambda target, second, block, *rest: (
-            seen.append((name, block.shape)) or function(target, second, block, *rest)
-        )
+    def watching(target: Any, rows: Any, drafts: Any, *rest: Any, **named: Any) -> Any:
+        seen.append((named.get("drafting_ahead") is not None, drafts.shape))
+        return verify_chain(target, rows, drafts, *rest, **named)
 
-    for name, function in (("chain", verify_chain), ("blocks too", verify_and_draft)):
-        monkeypatch.setattr(step_costs, function.__name__, watching(name, function))
+    for module in (step_costs, drafting):
+        monkeypatch.setattr(module, "verify_chain", watching)
     monkeypatch.setattr(LoRADrafter, "draft_logits", lambda *_: pytest.fail("a pass of the draft alone"))
     with mesh_scope():
         drafter = LoRADrafter(LoRADraft(config, TARGET, rngs=nnx.Rngs(0)))
@@ -62,7 +62,7 @@ def test_one_pass_adds_its_blocks_to_the_pass_that_verifies(monkeypatch: pytest.
         state = batch.prefill(target, drafter)
         for step in (step_costs._verify, step_costs._draft_and_verify):
             after = jax.eval_shape(partial(step, drafting=Drafting(2, one_pass=True)), target, drafter, state, None)
-    assert seen == [("chain", (2, 3)), ("blocks too", (2, 3))]
+    assert seen == [(False, (2, 2)), (True, (2, 2))]
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
@@ -98,11 +98,12 @@ def test_the_pass_over_a_tree_runs_as_many_tokens_as_it_has_nodes(monkeypatch: p
     target, drafter = random_target(0), DFlashDrafter(random_draft(0, FULL))
     seen: list[tuple[int, ...]] = []
 
-    def watching(target: Any, tap_ids: Any, tree: Any, *rest: Any) -> Any:
-        seen.append((*tree.tokens.shape, tree.max_depth, len(tap_ids)))
-        return verify_tree(target, tap_ids, tree, *rest)
+    def watching(target: Any, rows: Any, tree: Any, *rest: Any, **named: Any) -> Any:
+        seen.append((*tree.tokens.shape, tree.max_depth, len(named.get("tap_ids", ()))))
+        return verify_tree(target, rows, tree, *rest, **named)
 
-    monkeypatch.setattr(step_costs, "verify_tree", watching)
+    for module in (step_costs, drafting):
+        monkeypatch.setattr(module, "verify_tree", watching)
     with mesh_scope():
         batch = Batch.build(target, random_prompts(0, 2), [12] * 2, [()] * 2, drafter.block_size)
         state = batch.prefill(target, drafter)

@@ -12,7 +12,8 @@ import pytest
 from specjax.decoding import DFlashDrafter, Stream, generate
 from specjax.decoding import batch as batches
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import PLAIN, TAPS_BUFFER, decode, decode_round
+from specjax.decoding.drafting import PLAIN
+from specjax.decoding.loop import TAPS_BUFFER, decode, decode_round
 from specjax.errors import InputError
 from specjax.models.sharding import SPECS, make_mesh, mesh_scope, put
 from specjax.weights.module_params import flat_params, with_params

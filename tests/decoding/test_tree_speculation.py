@@ -8,7 +8,8 @@ import pytest
 
 from specjax.decoding import DFlashDrafter, generate
 from specjax.decoding.batch import Batch
-from specjax.decoding.loop import Drafting, decode_round
+from specjax.decoding.drafting import Drafting
+from specjax.decoding.loop import decode_round
 from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.oracle import Mixture, oracle, preferences, proposals, simulate
 from tests.decoding.test_sampling import HOT

@@ -12,9 +12,9 @@ import pytest
 from scipy.stats import chisquare
 
 from specjax.decoding import generate
+from specjax.decoding.drafter import Rows
 from specjax.decoding.verify import acceptance
 from specjax.models.decoder import Decoder
-from specjax.models.kv_cache import KVCache
 from specjax.models.sharding import SPECS, make_mesh, mesh_scope
 from tests.decoding.oracle import Stateless
 from tests.decoding.tiny import FULL, TARGET, next_logits, random_draft, random_prompts, random_target
@@ -108,16 +108,8 @@ class Fixed(Stateless):
     logits: jax.Array
     block_size: int = field(metadata={"static": True})
 
-    def draft_logits(
-        self,
-        state: None,
-        target: Decoder,
-        cache: KVCache,
-        last_token_b: jax.Array,
-        length_b: jax.Array,
-        draft_tokens: int,
-    ) -> jax.Array:
-        at = length_b[:, None] + 1 + jnp.arange(draft_tokens)
+    def draft_logits(self, state: None, target: Decoder, rows: Rows, draft_tokens: int) -> jax.Array:
+        at = rows.length[:, None] + 1 + jnp.arange(draft_tokens)
         return jax.reshard(self.logits.at[at].get(out_sharding=SPECS.act_btd), SPECS.act_btv)
 
 

@@ -41,6 +41,7 @@ LORA = {
     "optimizer.learning_rate": 0.01,
     "evaluation.prompts": 4,
     "evaluation.max_new_tokens": 8,
+    "training.remat": False,
 }
 OTHER = {name: value for name, value in LORA.items() if not name.startswith("lora.")}
 

@@ -53,9 +53,14 @@ def hidden(draft: DFlashDraft, block_size: int) -> np.ndarray:
         jax.random.normal(jax.random.key(i), (2, *shape))
         for i, shape in enumerate([(LENGTH, draft.fc.kernel.shape[0]), (1, block_size, draft.config.hidden_size)])
     )
+    return np.asarray(_hidden(draft, taps, noise))
+
+
+@jax.jit
+def _hidden(draft: DFlashDraft, taps: jax.Array, noise: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), (2, LENGTH))
     start, stop = jnp.zeros((2, 1), jnp.int32), jnp.full((2, 1), 7, jnp.int32)
-    return np.asarray(draft(noise, draft.context_kv(draft.context(taps), positions), start, stop))
+    return draft(noise, draft.context_kv(draft.context(taps), positions), start, stop)
 
 
 @pytest.mark.parametrize(("layers", "block_size"), [(1, 4), (3, 4), (2, 6)])
