@@ -16,8 +16,8 @@ TOTAL = "all"
 def comparison(spec: Spec, runs: Sequence[Run], failed: dict[str, str]) -> dict[str, Any]:
     """Figures of every variant over the seeds that are measured, the highest acceptance first.
 
-    Spreads are over seeds: `mean`, `min` and `max`; None where nothing was measured. repeated_4grams: of the answers,
-    which are the target's, so the same for all variants.
+    Spreads are over seeds: `mean`, `min` and `max`; None where nothing was measured. step_s: the median of a run.
+    repeated_4grams: of the answers, which are the target's, so the same for all variants.
     """
     measured = [_figures(run) for run in runs if (run.folder / BENCHMARK_FILE).exists()]
     columns = _columns(measured)
@@ -27,6 +27,8 @@ def comparison(spec: Spec, runs: Sequence[Run], failed: dict[str, str]) -> dict[
         variants.append(
             {
                 "name": variant.name,
+                "base": variant.base or spec.base,
+                "steps": next(run.config.training.steps for run in runs if run.name == variant.name),
                 "overrides": list(variant.overrides),
                 "seeds": [figures["seed"] for figures in own],
                 "acceptance_length": {c: spread([f["acceptance_length"][c] for f in own]) for c in columns},
@@ -37,7 +39,6 @@ def comparison(spec: Spec, runs: Sequence[Run], failed: dict[str, str]) -> dict[
     variants.sort(key=lambda v: -_mean(v["acceptance_length"].get(columns[0]) if columns else None))
     return {
         "base": spec.base,
-        "steps": runs[0].config.training.steps,
         "max_new_tokens": spec.max_new_tokens,
         "columns": columns,
         "prompts": measured[0]["prompts"] if measured else {},
@@ -62,14 +63,22 @@ def markdown(report: dict[str, Any]) -> str:
     columns = report["columns"]
     head = ["variant", "seeds", *(f"acceptance length, {c}" for c in columns)]
     head += [*(f"speedup, decode only, {c}" for c in columns[:1]), "step, s"]
+    steps = [variant["steps"] for variant in report["variants"]]
+    if len(set(steps)) > 1:
+        head += ["steps", "all steps, min"]
     lines = [_row(head), _row(["---"] * len(head))]
     for variant in report["variants"]:
         several = len(variant["seeds"]) > 1
         cells = [variant["name"], str(len(variant["seeds"]))]
         cells += [_shown(variant["acceptance_length"][c], ".2f", several) for c in columns]
         cells += [_shown(variant["speedup_decode"][c], ".2f", several) for c in columns[:1]]
-        lines.append(_row([*cells, _shown(variant["step_s"], ".3f", several)]))
-    lines += ["", f"{report['steps']} steps each; at most {report['max_new_tokens']} new tokens."]
+        cells += [_shown(variant["step_s"], ".3f", several)]
+        if len(set(steps)) > 1:
+            minutes = variant["step_s"] and variant["step_s"]["mean"] * variant["steps"] / 60
+            cells += [str(variant["steps"]), "-" if minutes is None else f"{minutes:.1f}"]
+        lines.append(_row(cells))
+    of_steps = f"{steps[0]} steps each; " if len(set(steps)) == 1 else ""
+    lines += ["", f"{of_steps}at most {report['max_new_tokens']} new tokens."]
     if columns:
         shares = [f"{c} {report['prompts'][c]} / {report['repeated_4grams'][c]:.3f}" for c in columns]
         lines += [f"Prompts / repeated 4-grams of the answers, the same for every variant: {', '.join(shares)}."]

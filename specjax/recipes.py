@@ -48,12 +48,15 @@ class EmbeddedData(Section):
 
 class Variant(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.+-]*$", description="of its folder, and of its row in the table")
+    base: str | None = Field(
+        None, description="run config of this variant, of another kind, say; null: the common base"
+    )
     overrides: tuple[str, ...] = Field((), description="section.key=value settings that differ from base")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="a run each")
 
 
 class Spec(Section):
-    """What is compared. All variants are trained for equal steps and answer the same prompts."""
+    """What is compared. All variants answer the same prompts, and are trained for equal steps if `equal_steps`."""
 
     base: str = Field(description="run config that the variants differ from")
     embedded_data: EmbeddedData | None = Field(
@@ -65,8 +68,13 @@ class Spec(Section):
     max_new_tokens: int = Field(128, ge=2, description="of an answer")
     timed_passes: int = Field(1, ge=1, description="over all prompts, autoregressive and speculative in turn")
     capture: bool = Field(False, description="compute the target's states once for all runs on the same data")
+    equal_steps: bool = Field(
+        True,
+        description="refuse variants of other training.steps; false: to compare at equal time, which the table shows",
+    )
     variants: tuple[Variant, ...] = Field(
-        min_length=1, description="of each a name, overrides as on the command line ([]) and seeds ([0]), a run each"
+        min_length=1,
+        description="of each a name, overrides as on the command line ([]), seeds ([0]), a run each, perhaps a base",
     )
 
     @model_validator(mode="after")
@@ -83,11 +91,12 @@ class Spec(Section):
 
 @dataclass(frozen=True)
 class Run:
-    """A variant's training with one seed. folder: the run's. overrides: all that differ from the base config."""
+    """A variant's training with one seed. folder: the run's. overrides: all that differ from the config at `base`."""
 
     name: str
     seed: int
     folder: Path
+    base: str
     config: RunConfig
     overrides: tuple[str, ...]
 
@@ -114,16 +123,16 @@ def planned_runs(spec: Spec, source: str, out: Path) -> list[Run]:
     """
     longest = max(len(variant.seeds) for variant in spec.variants)
     runs = [
-        _planned(spec.base, variant, seed, f"{source}: variant {variant.name}", out)
+        _planned(variant.base or spec.base, variant, seed, f"{source}: variant {variant.name}", out)
         for order in range(longest)
         for variant in spec.variants
         for seed in variant.seeds[order : order + 1]
     ]
     for run in runs:
-        if run.config.training.steps != runs[0].config.training.steps:
+        if spec.equal_steps and run.config.training.steps != runs[0].config.training.steps:
             raise InputError(
                 f"{source}: variant {run.name} trains {run.config.training.steps} steps and {runs[0].name} "
-                f"{runs[0].config.training.steps}; a comparison is at equal steps: override training.steps in neither"
+                f"{runs[0].config.training.steps}; override it in neither, or set equal_steps: false"
             )
     return runs
 
@@ -136,14 +145,14 @@ def _planned(base: str, variant: Variant, seed: int, place: str, out: Path) -> R
     overrides = (*variant.overrides, f"seed={seed}", f"output_dir={folder}")
     config = load_config(base, overrides)
     _check_comparable(config, place)
-    return Run(variant.name, seed, folder, config, overrides)
+    return Run(variant.name, seed, folder, base, config, overrides)
 
 
 def _check_comparable(config: RunConfig, place: str) -> None:
     if config.kind == "causal_lm":
         raise InputError(f"{place}: kind is {config.kind}; only drafts (dflash, lora) are compared")
     if config.training.steps is None:
-        raise InputError(f"{place}: training.epochs is set; a comparison is at equal steps: set training.steps")
+        raise InputError(f"{place}: training.epochs is set; a comparison counts steps: set training.steps")
     if not config.data.validation and config.data.validation_fraction is None:
         raise InputError(f"{place}: no validation data, by which the best checkpoint is chosen; set data.validation")
     if not config.logging.tensorboard:
@@ -194,9 +203,9 @@ def _train_and_measure(spec: Spec, run: Run, out: Path, say: Say) -> Path:
     overrides = list(run.overrides)
     if spec.capture and run.config.kind == "dflash":  # adapters need the target's keys, which are not captured
         taps = str(out / "taps" / _data_key(run.config))
-        run_command(["specjax.capture", spec.base, taps, *overrides], run.log, say)
+        run_command(["specjax.capture", run.base, taps, *overrides], run.log, say)
         overrides.append(f"data.taps={taps}")
-    run_command(["specjax.train", spec.base, *overrides, "--resume"], run.log, say)
+    run_command(["specjax.train", run.base, *overrides, "--resume"], run.log, say)
     if latest_step(run.folder) != run.config.training.steps:
         raise CommandError(f"training stopped at step {latest_step(run.folder)}; the same command continues it")
     draft, report = run.folder / "draft", run.folder / f"{BENCHMARK_FILE}.partial"

@@ -256,6 +256,18 @@ def test_asked_to_stop_it_waits_for_the_command_to_save(tmp_path: Path, monkeypa
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_variant_may_have_another_base_and_other_steps(sources: Path) -> None:
+    other = yaml.safe_load((sources / "base.yaml").read_text()) | {"kind": "lora", "draft": {"block_size": 4}}
+    (sources / "lora.yaml").write_text(yaml.safe_dump(other))
+    lora = {"name": "lora", "base": str(sources / "lora.yaml"), "overrides": ["training.steps=9"]}
+    spec = load_spec(write_spec(sources, PLAIN, lora, equal_steps=False))
+    runs = planned_runs(spec, "spec", Path("out"))
+    assert [(run.base, run.config.kind, run.config.training.steps) for run in runs] == [
+        (str(sources / "base.yaml"), "dflash", STEPS),
+        (str(sources / "lora.yaml"), "lora", 9),
+    ]
+
+
 def test_the_quickstarts_recipes_are_one_comparison() -> None:
     spec = load_spec(CONFIG)
     runs = planned_runs(spec, str(CONFIG), Path("out"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def runs(tmp_path: Path) -> list[Run]:
                     for i, (column, length) in enumerate(zip(COLUMNS, lengths(seed).tolist(), strict=True))
                 }
                 write_benchmark(folder / "benchmark.json", "decode", measured)
-            found.append(Run(name, seed, folder, CONFIG, ()))
+            found.append(Run(name, seed, folder, "x", CONFIG, ()))
     return found
 
 
@@ -70,6 +71,22 @@ def test_a_row_shows_means_and_ranges_over_seeds_the_best_first(runs: list[Run])
     assert lines[6] == "20 steps each; at most 128 new tokens."
 
 
+def test_other_steps_are_shown_with_their_time(runs: list[Run]) -> None:
+    longer = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"steps": 70})})
+    runs = [replace(run, config=longer) if run.name == "one" else run for run in runs]
+    lines = markdown(comparison(SPEC, runs, {})).splitlines()
+    assert lines[0].endswith("| step, s | steps | all steps, min |")
+    seconds = 1.5 * TRAINED["step_time_s"]
+    for line, steps in zip(lines[2:4], (20, 70), strict=True):
+        assert line.strip("| ").split(" | ")[-3:] == [
+            shown(np.full(1 if steps == 70 else 3, seconds), 3),
+            str(steps),
+            f"{steps * seconds / 60:.1f}",
+        ]
+    assert lines[4].endswith("| - | 20 | - |")
+    assert lines[6] == "at most 128 new tokens."
+
+
 def test_what_is_wrong_is_said(runs: list[Run]) -> None:
     different = {column: report(identical=column != "code") for column in COLUMNS}
     write_benchmark(runs[0].folder / "benchmark.json", "decode", different)
@@ -79,7 +96,9 @@ def test_what_is_wrong_is_said(runs: list[Run]) -> None:
 
 
 def test_nothing_measured_is_an_empty_table(runs: list[Run]) -> None:
-    lines = markdown(comparison(SPEC, runs[-1:], {})).splitlines()
+    for run in runs:
+        (run.folder / "benchmark.json").unlink(missing_ok=True)
+    lines = markdown(comparison(SPEC, runs, {})).splitlines()
     assert lines[2:] == ["| one | 0 | - |", "| three | 0 | - |", "| none | 0 | - |", "", lines[6]]
 
 
