@@ -40,7 +40,7 @@ DEFAULT_GAMMAS = {16: 7.0, 10: 5.0, 8: 4.0}  # by block size
 EXCLUSIVE = (("draft", "num_taps"), ("draft", "target_layer_ids"), ("training", "epochs"), ("training", "steps"))
 DECODING = ("prompts", "max_new_tokens")  # settings of evaluation that are a draft's
 BLOCKS = ("num_anchors", "context_len", "context_ratio")  # settings of data that are
-OWN_LAYERS = ("init", "num_layers", "num_taps", "target_layer_ids", "sliding_window")  # settings of draft: not LoRA's
+OWN_LAYERS = ("num_layers", "num_taps", "target_layer_ids", "sliding_window")  # settings of draft: not LoRA's
 
 
 class RunConfig(Section):

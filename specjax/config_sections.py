@@ -36,9 +36,9 @@ class TargetConfig(Section):
 class DraftConfig(Section):
     init: str | None = Field(
         None,
-        description="folder, hub id or run of a draft (its latest checkpoint) to start from, of the same taps and, "
-        "unless mask_embedding is own, mask token; the layers that num_layers adds to it change nothing at first; "
-        "null: random",
+        description="folder, hub id or run of a draft (its latest checkpoint) to start from, of the same taps or "
+        "adapters and, unless mask_embedding is own, mask token; the layers that num_layers adds to it change nothing "
+        "at first; null: random",
     )
     num_layers: int = Field(5, ge=1, description="draft layers")
     num_taps: int | None = Field(

@@ -209,7 +209,6 @@ BAD_PAIRS = [
     (("training.steps=10", "training.epochs=2"), "epochs is 2.0 and steps is 10"),
     (("draft.num_taps=2", "draft.target_layer_ids=[1, 2, 3]"), "num_taps is 2 and target_layer_ids is"),
     (("kind=lora", "draft.num_layers=2"), "kind lora has no layers of its own and ignores draft.num_layers"),
-    (("kind=lora", "draft.init=a"), "ignores draft.init"),
     (("kind=lora", "data.taps=a"), "data.taps holds hidden states, but kind lora needs the target's keys"),
     (("kind=causal_lm", "data.context_len=4"), "ignores data.context_len"),
     (("kind=causal_lm", "draft.num_layers=2"), "kind causal_lm trains no draft and ignores draft"),

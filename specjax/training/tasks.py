@@ -14,6 +14,7 @@ from flax import nnx
 
 from specjax.blockdiff.terms import needs_teacher
 from specjax.config import RunConfig
+from specjax.config_sections import DraftConfig
 from specjax.errors import InputError
 from specjax.models.decoder import Decoder, DecoderConfig, check_mesh_fits
 from specjax.models.dflash import DFlashConfig, DFlashDraft, default_target_layer_ids
@@ -24,7 +25,7 @@ from specjax.training.evaluation import Answers, causal_lm_evaluator, draft_eval
 from specjax.training.metrics import Evaluation
 from specjax.training.objectives import BlockDiffusionLoss, CausalLMLoss
 from specjax.training.step import LossFunction
-from specjax.training.warm_start import grown_config, initial_config, warm_started
+from specjax.training.warm_start import check_adapters_continue, grown_config, initial_config, warm_started
 from specjax.weights import (
     adapter_config_from_peft,
     decoder_config_to_hf,
@@ -104,6 +105,8 @@ def draft_task_of(config: RunConfig, target: Decoder, *, load_init: bool = True)
     if config.kind == "lora":
         lora = lora_draft_config_of(config)
         model = random_lora_draft(lora, target, config.seed)
+        if config.draft.init and load_init:
+            model = warm_started(model, target, config.draft.init)
         step_flops, formula = flops.lora_step_flops(target.config, lora, shape, teacher=teacher), flops.LORA_FORMULA
     else:
         dflash, runs_target = draft_config_of(config), config.data.taps is None
@@ -161,7 +164,9 @@ def random_lora_draft(config: LoRADraftConfig, target: Decoder, seed: int) -> Lo
 
 def lora_draft_config_of(config: RunConfig) -> LoRADraftConfig:
     """The LoRA draft of a run: the section's settings, or the PEFT file that it names, for the config's target."""
-    target, own, section = read_target_config(config.target.path), config.draft.mask_embedding == "own", config.lora
+    target, draft, section = read_target_config(config.target.path), config.draft, config.lora
+    old = None if draft.init is None else initial_config(draft.init, LoRADraftConfig, target)
+    own = _own_mask_embedding(draft, old)
     if section.peft_config is None:
         source, words = "lora", section.model_dump(mode="json", include={*PEFT_WORDS})
         raw = words | {"peft_type": "LORA"}
@@ -173,9 +178,9 @@ def lora_draft_config_of(config: RunConfig) -> LoRADraftConfig:
         source, raw = str(path), read_json(path)
     adapters = adapter_config_from_peft(raw, source, target)
     try:
-        return LoRADraftConfig(
+        fresh = LoRADraftConfig(
             adapters,
-            block_size=config.draft.block_size,
+            block_size=draft.block_size,
             mask_token_id=_mask_token(config, target, own=own),
             own_mask_embedding=own,
             masked_anchor=section.masked_anchor,
@@ -183,6 +188,15 @@ def lora_draft_config_of(config: RunConfig) -> LoRADraftConfig:
         )
     except ValueError as error:
         raise InputError(f"draft: {error}") from error
+    if old is not None:
+        check_adapters_continue(draft, old, fresh)
+    return fresh
+
+
+def _own_mask_embedding(settings: DraftConfig, old: DFlashConfig | LoRADraftConfig | None) -> bool:
+    if settings.mask_embedding is None:
+        return old is not None and old.own_mask_embedding
+    return settings.mask_embedding == "own"
 
 
 def _mask_token(config: RunConfig, target: DecoderConfig, *, own: bool) -> int:
@@ -196,8 +210,8 @@ def draft_config_of(config: RunConfig) -> DFlashConfig:
     """The draft's architecture: the config's settings, completed from the target's and from that of `draft.init`."""
     target = read_target_config(config.target.path)
     draft = config.draft
-    old = None if draft.init is None else initial_config(draft.init)
-    own = draft.mask_embedding == "own" or (draft.mask_embedding is None and old is not None and old.own_mask_embedding)
+    old = None if draft.init is None else initial_config(draft.init, DFlashConfig, target)
+    own = _own_mask_embedding(draft, old)
     try:
         taps = draft.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, draft.num_taps or 0)
         fresh = DFlashConfig.for_target(

@@ -1,9 +1,10 @@
-"""A draft that starts from another draft's weights, with more layers if wanted."""
+"""A draft that starts from another draft's weights; a DFlash draft with more layers if wanted."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +13,19 @@ from jax.sharding import PartitionSpec as P
 
 from specjax.config_sections import DraftConfig
 from specjax.errors import InputError
-from specjax.models.decoder import Decoder
+from specjax.models.decoder import Decoder, DecoderConfig
 from specjax.models.dflash import DFlashConfig, DFlashDraft
+from specjax.models.lora_draft import LoRADraft, LoRADraftConfig, lora_target_mismatches
 from specjax.models.sharding import BATCH, SPECS, axis_size, put
 from specjax.weights import flat_params, load_draft, load_run_draft, read_draft_config, with_params
-from specjax.weights.config_fields import read_json
-from specjax.weights.draft_config import MASK_EMBEDDING, draft_config_from_hf
-from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
+from specjax.weights.draft_config import MASK_EMBEDDING
+from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, read_run_draft_config
+
+D = TypeVar("D", DFlashDraft, LoRADraft)
+C = TypeVar("C", DFlashConfig, LoRADraftConfig)
 
 RESIDUAL_OUTPUTS = ("self_attn.o_proj.", "mlp.down_proj.")  # zero, they make a layer the identity
+PEFT_WORDS = {"alpha": "lora_alpha", "rslora": "use_rslora"}  # as the section lora says them
 
 
 def grown_config(settings: DraftConfig, old: DFlashConfig, fresh: DFlashConfig) -> DFlashConfig:
@@ -62,17 +67,37 @@ def grown_config(settings: DraftConfig, old: DFlashConfig, fresh: DFlashConfig) 
     )
 
 
-def warm_started(draft: DFlashDraft, target: Decoder, path: str) -> DFlashDraft:
-    """`draft`, of a `grown_config`, with the weights of the draft at `path`; it computes what that one does.
+def check_adapters_continue(settings: DraftConfig, old: LoRADraftConfig, fresh: LoRADraftConfig) -> None:
+    """Raises InputError unless a LoRA draft of config `fresh` can start from one of config `old`.
+
+    Block size, dropout, the share of masked anchors and what the adapters act on may differ; what says how an adapter's
+    weights are applied may not, and another mask token needs a mask embedding of the draft's own.
+    """
+    names = ("r", "alpha", "rslora", "target_modules")
+    pairs = [(PEFT_WORDS.get(name, name), getattr(old.lora, name), getattr(fresh.lora, name)) for name in names]
+    if not (old.own_mask_embedding or fresh.own_mask_embedding):
+        pairs.append(("mask_token_id", old.mask_token_id, fresh.mask_token_id))
+    problems = [f"{name} is {_shown(there)}, here {_shown(here)}" for name, there, here in pairs if there != here]
+    if problems:
+        remedy = "set lora.* to its values"
+        if problems[-1].startswith("mask_token_id"):
+            remedy += ", draft.mask_token_id too, or draft.mask_embedding to own"
+        raise InputError(f"draft.init {settings.init} does not fit: {'; '.join(problems)}; {remedy}")
+
+
+def warm_started(draft: D, target: Decoder, path: str) -> D:
+    """`draft`, of a config that `path`'s draft fits, with the weights of that draft; it computes what that one does.
 
     A mask embedding that the other does not have starts as the row of `target` that the other uses instead. Layers
     that were added keep their random weights but for the outputs of attention and MLP, which are zero: they hand on
     what they get, and learn from the first step on.
     """
-    old = load_run_draft(path) if _is_run(path) else load_draft(path, dtype=jnp.float32, param_dtype=jnp.float32)
-    assert isinstance(old, DFlashDraft)  # `initial_config` has refused any other
+    old = _load(path, target.config)
+    assert type(old) is type(draft)  # `initial_config` has refused any other
+    if isinstance(old, LoRADraft) and (problems := lora_target_mismatches(old, target.config)):
+        raise InputError(f"draft.init {path} is of another target: {'; '.join(problems)}")
     known = flat_params(old)
-    if old.mask_embedding is None and old.config.mask_token_fits(target.config.vocab_size):
+    if old.mask_embedding is None and old.config.mask_token_id < target.config.vocab_size:
         known[MASK_EMBEDDING] = _embedding_row(target, old.config.mask_token_id)
 
     def initial(name: str, value: jax.Array) -> jax.Array:
@@ -81,6 +106,12 @@ def warm_started(draft: DFlashDraft, target: Decoder, path: str) -> DFlashDraft:
         return jnp.zeros_like(value) if any(part in name for part in RESIDUAL_OUTPUTS) else value
 
     return with_params(draft, {name: initial(name, value) for name, value in flat_params(draft).items()})
+
+
+def _load(path: str, base: DecoderConfig) -> DFlashDraft | LoRADraft:
+    if _is_run(path):
+        return load_run_draft(path)
+    return load_draft(path, dtype=jnp.float32, param_dtype=jnp.float32, base=base)
 
 
 def _embedding_row(target: Decoder, token: int) -> jax.Array:
@@ -93,15 +124,23 @@ def _is_run(path: str) -> bool:
     return (Path(path) / RUN_DRAFT_CONFIG).exists()
 
 
-def initial_config(path: str) -> DFlashConfig:
-    """The architecture of the draft at `draft.init`: a folder, a hub id or a run. Raises InputError without one."""
-    if not _is_run(path):
+def initial_config(path: str, kind: type[C], target: DecoderConfig) -> C:
+    """The configuration, of `kind`, of the draft at `draft.init`: a folder, a hub id or a run.
+
+    Raises:
+        InputError: there is none, or one of the other kind.
+    """
+    if _is_run(path):
+        config = read_run_draft_config(path)
+    else:
         try:
-            return read_draft_config(path)
+            config = read_draft_config(path, target)
         except InputError as error:
             raise InputError(f"draft.init: {error}; give an exported draft's folder, a run, or a hub id") from None
-    file = Path(path) / RUN_DRAFT_CONFIG
-    return draft_config_from_hf(read_json(file), str(file))
+    if not isinstance(config, kind):
+        found, wanted = ("LoRA", "dflash") if kind is DFlashConfig else ("DFlash", "lora")
+        raise InputError(f"draft.init {path}: is a {found} draft, from which a run of kind {wanted} cannot start")
+    return config
 
 
 def _shown(value: object) -> object:

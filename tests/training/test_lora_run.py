@@ -25,9 +25,10 @@ from specjax.models.sharding import make_mesh, mesh_scope
 from specjax.training.memory import step_memory
 from specjax.training.run import train as run_config
 from specjax.training.tasks import draft_task
-from specjax.weights import flat_params, load_draft, load_run_draft, load_target, read_target_config
+from specjax.weights import flat_params, load_draft, load_run_draft, load_target, read_target_config, save_target
 from tests.training.test_resume import assert_same_run
-from tests.training.tiny import STEPS, VOCABULARY, edited, parsed, raw_run, scalars, train
+from tests.training.tiny import STEPS, TARGET_SHAPE, VOCABULARY, edited, parsed, raw_run, scalars, train
+from tests.weights.tiny import raw_config, tiny_decoder
 
 LORA = {
     "kind": "lora",
@@ -71,6 +72,25 @@ def test_a_resumed_run_is_the_uninterrupted_run(run: Path, raw: dict[str, Any]) 
     shutil.rmtree(copied / "checkpoints" / str(STEPS))
     train(edited(raw, LORA), "--resume")
     assert_same_run(copied, {name: np.asarray(x) for name, x in flat_params(load_run_draft(run)).items()})
+
+
+def test_a_run_starts_from_another(run: Path, raw: dict[str, Any]) -> None:
+    """And from no run of another target."""
+    started = edited(raw, LORA | {"draft.init": str(run), "lora.masked_anchor": 0.25})
+    del started["draft"]["mask_embedding"]
+    with mesh_scope():
+        draft = draft_task(parsed(started)).model
+    assert isinstance(draft, LoRADraft)
+    assert draft.config.masked_anchor == 0.25
+    known = flat_params(load_run_draft(run))
+    for name, value in flat_params(draft).items():
+        np.testing.assert_array_equal(value, known.pop(name), err_msg=name)
+    assert not known
+    wider = raw_config(**TARGET_SHAPE | {"intermediate_size": 80})
+    with mesh_scope():
+        other = save_target(tiny_decoder(wider), Path(raw["output_dir"]).parent / "wider", jnp.float32)
+        with pytest.raises(InputError, match=r"draft.init .* is of another target: gate_proj.b has shape"):
+            draft_task(parsed(edited(started, {"target.path": str(other)})))
 
 
 def test_other_adapters_do_not_resume_a_run(run: Path, raw: dict[str, Any], tmp_path: Path) -> None:
