@@ -15,23 +15,28 @@ import pytest
 
 from specjax.decoding import DFlashDrafter, generate
 from specjax.decoding import batch as batches
+from specjax.decoding.drafter import Drafter, LoRADrafter
 from specjax.decoding.generate import Generation
 from specjax.decoding.loop import decode, prefill
 from specjax.models.decoder import Decoder
 from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.choices import Settings, choose, continued, kept, may_choose, noise
 from tests.decoding.oracle import Mixture, oracle, preferences, proposals, simulate
+from tests.decoding.test_lora_drafter import CONFIG as LORA_DRAFT
+from tests.decoding.test_lora_drafter import random_lora_draft
 from tests.decoding.test_speculation import cut
 from tests.decoding.tiny import DRAFTS, OTHER_TARGETS, TARGET, TIE_MARGIN, all_logits, random_draft, random_target
 
 PROMPT, NEW = batches.PROMPT_BUCKET, batches.NEW_TOKENS_BUCKET  # the most of one bucket
 VOCAB = TARGET.vocab_size
+ONE_PASS = "one pass"
 CASES_A_PROMPT = 3  # with other limits, stops and drafts: their answers, which drafts are made of, are decoded once
 
 
 @dataclass(frozen=True)
 class Combination:
-    """What is a shape or static, and so a program of its own. block 1: no draft."""
+    """What is a shape or static, and so a program of its own. block 1: no draft. draft: of DRAFTS, or a LoRA draft that
+    drafts in the pass that verifies."""
 
     target: str
     prompts: int
@@ -67,12 +72,12 @@ COMBINATIONS = {
     "greedy-masked": Combination("one key/value head", 1, 4, 3, masked=True, draft="full"),
     "greedy-tree": Combination("sliding", 4, 6, 5, tree_nodes=24),
     "plain": Combination("qwen2", 4, 1, 0, drawn=True, masked=True),
-    "match": Combination("one key/value head", 8, 8, 7, drawn=True),
+    "match": Combination("one key/value head", 8, 8, 7, drawn=True, draft=ONE_PASS),
     "match-sample": Combination("sliding", 4, 4, 3, drawn=True, masked=True, draft_choice="sample", chunk=16),
     "match-tree": Combination("qwen2", 2, 8, 4, drawn=True, tree_nodes=12, samples=2, draft="full"),
     "rejection": Combination("qwen2", 4, 4, 3, drawn=True, rule="rejection"),
     "rejection-sample": Combination(
-        "sliding", 2, 8, 5, drawn=True, rule="rejection", draft_choice="sample", samples=2, masked=True
+        "sliding", 2, 8, 5, drawn=True, rule="rejection", draft_choice="sample", samples=2, masked=True, draft=ONE_PASS
     ),
     "block": Combination("one key/value head", 4, 4, 3, drawn=True, rule="block", draft="full", masked=True),
     "block-sample": Combination("qwen3", 4, 8, 7, drawn=True, rule="block", draft_choice="sample", chunk=32),
@@ -142,10 +147,14 @@ def with_ends(rng: np.random.Generator, call: Call, answers: list[list[int]]) ->
 
 
 @functools.cache
-def models(combination: Combination) -> tuple[Decoder, DFlashDrafter | None]:
-    target = random_target(0, TARGET if combination.target == "qwen3" else OTHER_TARGETS[combination.target])
+def models(combination: Combination) -> tuple[Decoder, Drafter | None]:
+    config = TARGET if combination.target == "qwen3" else OTHER_TARGETS[combination.target]
+    target = random_target(0, config)
     if combination.block == 1:
         return target, None
+    if combination.draft == ONE_PASS:
+        masked = replace(LORA_DRAFT, block_size=combination.block, masked_anchor=0.5)
+        return target, LoRADrafter(random_lora_draft(0, masked, config))
     return target, DFlashDrafter(random_draft(0, replace(DRAFTS[combination.draft], block_size=combination.block)))
 
 
@@ -178,6 +187,7 @@ class Runner:
             tree_nodes=c.tree_nodes,
             samples=c.samples,
             logit_mask=call.masks,
+            one_pass=c.draft == ONE_PASS,
         )
         programs = prefill._cache_size(), decode._cache_size()
         assert self.programs in (None, programs), "compiled again"

@@ -137,27 +137,6 @@ def test_answers_are_the_targets(how: dict[str, Any], case: Cases) -> None:
     assert [list(itertools.chain(*(step[row] for step in streamed))) for row in range(3)] == found.tokens
 
 
-def test_a_row_is_the_same_alone_and_among_others(case: Cases) -> None:
-    target, prompts, answers = case(0, 3)
-    with mesh_scope():
-        drafter = drafter_for(prompts, answers)
-        together = generate(target, prompts, drafter, [40, 5, 30], one_pass=True)
-        table, known = drafter.oracle.table[2:], drafter.known[2:]
-        alone = dataclasses.replace(drafter, oracle=dataclasses.replace(drafter.oracle, table=table), known=known)
-        found = generate(target, prompts[2:], alone, 30, one_pass=True)
-    assert (found.tokens, found.rounds) == (together.tokens[2:], together.rounds[2:])
-
-
-def test_a_sliding_targets_answers(case: Cases) -> None:
-    base = OTHER_TARGETS["sliding"]
-    target, prompts = random_target(0, base), random_prompts(0, 3)
-    answers = generate(target, prompts, None, 50).tokens
-    with mesh_scope():
-        found = generate(target, prompts, drafter_for(prompts, answers, base=base), 50, one_pass=True)
-    assert_same_tokens(target, prompts, found.tokens, answers)
-    assert {r for row in found.rounds for r in row} == set(range(1, SIZE + 1))
-
-
 TREE = Drafting(SIZE - 1, tree_nodes=6)
 
 
