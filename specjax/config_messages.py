@@ -53,6 +53,7 @@ ALIASES = {
     "evaluation.samples": "eval_samples max_eval_samples num_eval_samples",
     "logging.every_steps": "logging_steps log_every log_steps log_interval log_freq",
     "logging.tensorboard": "report_to use_tensorboard",
+    "lora.lora_alpha": "alpha",
     "lora.lora_dropout": "dropout",
     "lora.peft_config": "lora_config adapter_config",
     "lora.r": "rank lora_rank lora_r",
@@ -174,8 +175,10 @@ def _candidates(
     by_last: dict[str, list[str]] = {}
     for setting in setting_names(model):
         by_last.setdefault(setting.rpartition(".")[2], []).append(setting)
+    aliases = _by_alias(ALIASES, name)
+    yield [setting for setting in aliases if prefix and setting.startswith(prefix)]
     yield by_last.get(name, [])
-    yield _by_alias(ALIASES, name)
+    yield aliases
     yield [prefix + close for close in difflib.get_close_matches(name, here, n=1)]
     yield [setting for close in difflib.get_close_matches(name, by_last, n=1) for setting in by_last[close]]
 

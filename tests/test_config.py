@@ -118,6 +118,7 @@ BAD_OVERRIDES = [
     ("training.bs=4", "unknown key training.bs; did you mean training.batch_size (rows a step"),
     ("data.max_len=4", "unknown key data.max_len; did you mean data.max_length (tokens a row"),
     ("training.max_steps=4", "unknown key training.max_steps; did you mean training.steps (optimizer updates"),
+    ("lora.alpha=8", "did you mean lora.lora_alpha (an adapter's output"),
     ("training.Gradient-Checkpointing=true", "did you mean training.remat (recompute"),
     ("training.gama=4", "unknown key training.gama; did you mean loss.gamma (exp only"),
     ("training.every_steps=4", "did you mean checkpoint.every_steps or evaluation.every_steps or logging.every_steps?"),
@@ -333,7 +334,9 @@ def test_names_in_other_trainers_stand_for_one_setting_and_hide_none():
     names = [name for aliases in ALIASES.values() for name in aliases.split()]
     assert set(ALIASES) <= set(settings)
     assert len(names) == len(set(names))
-    assert not {setting.rpartition(".")[2] for setting in settings} & set(names)
+    for setting, aliases in ALIASES.items():  # a setting of another section may have the name
+        section = setting.rpartition(".")[0]
+        assert not {f"{section}.{name}".removeprefix(".") for name in aliases.split()} & set(settings)
     assert set(SECTION_ALIASES) <= set(RunConfig.model_fields)
     assert not set(" ".join(SECTION_ALIASES.values()).split()) & set(RunConfig.model_fields)
 
