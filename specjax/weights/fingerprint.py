@@ -62,10 +62,15 @@ def target_fingerprint(
     rows = np.linspace(0, known - 1, SAMPLED_ROWS).astype(np.int32)
     with mesh_scope():
         copies = np.tile(rows, (axis_size(*BATCH), 1))
-        embedded = target.embed(put(copies, SPECS.act_bt)).astype(jnp.bfloat16)
+        embedded = _embedded(target, put(copies, SPECS.act_bt))
         values = np.asarray(jax.block_until_ready(embedded).addressable_shards[0].data)[0]
     template = None if chat_template is None else _hash(chat_template.encode())
     return TargetFingerprint(_hash(values.astype(ml_dtypes.bfloat16).tobytes()), template, thinking)
+
+
+@jax.jit
+def _embedded(target: Decoder, tokens_bt: jax.Array) -> jax.Array:
+    return target.embed(tokens_bt).astype(jnp.bfloat16)
 
 
 def target_digest(path_or_id: str | Path) -> str:

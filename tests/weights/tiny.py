@@ -88,9 +88,14 @@ def tiny_draft(config: DFlashConfig, dtype: Any = jnp.float32) -> DFlashDraft:
         return filled(abstract_module(build), dtype)
 
 
+@jax.jit
+def _logits(decoder: Decoder, tokens: jax.Array) -> jax.Array:
+    return decoder.logits(decoder(tokens).hidden)
+
+
 def logits(decoder: Decoder, tokens: np.ndarray = TOKENS) -> np.ndarray:
     with mesh_scope():
-        return np.asarray(decoder.logits(decoder(jnp.asarray(tokens)).hidden))
+        return np.asarray(_logits(decoder, jnp.asarray(tokens)))
 
 
 def assert_same_params(a: Any, b: Any) -> None:
