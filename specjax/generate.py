@@ -187,6 +187,7 @@ def _answers(
             if rounds:
                 widths = generation.draft_tokens[row]
                 answer |= {"draft_tokens": widths, "tree_nodes": generation.tree_nodes[row]}
+                answer["one_pass"] = generation.one_pass[row]
                 answer |= _acceptance(rounds, widths)
             yield answer
 

@@ -103,7 +103,7 @@ def test_json_lines_hold_tokens_rounds_and_text(
     lines = [json.loads(line) for line in printed.out.splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(folder / "target")
     for line, prompt, answer in zip(lines, prompts, answers, strict=True):
-        drafts = {"draft_tokens", "tree_nodes", "acceptance_length", "acceptance_rate"}
+        drafts = {"draft_tokens", "tree_nodes", "one_pass", "acceptance_length", "acceptance_rate"}
         assert set(line) == {"prompt", "sample", "prompt_tokens", "tokens", "rounds", "text"} | drafts
         assert (prompts[line["prompt"]], line["sample"]) == (prompt, 0)
         assert (line["prompt_tokens"], line["tokens"]) == (len(prompt), answer)

@@ -56,8 +56,9 @@ class Generation:
     """What was generated; one entry a prompt, or with several samples of each one a sample, a prompt's together.
 
     tokens: new tokens, a stop token included as the last. rounds: matched drafts + 1 of each round before any cut
-    (empty without a draft). draft_tokens, tree_nodes: of each of these rounds the drafts of the chain, or the depth and
-    the drafts of the tree (0 nodes: a chain); rounds with 0 draft_tokens were decoded without.
+    (empty without a draft). draft_tokens, tree_nodes, one_pass: of each of these rounds the drafts of the chain, or the
+    depth and the drafts of the tree (0 nodes: a chain), and whether they came from the pass that verified the round
+    before; rounds with 0 draft_tokens were decoded without.
     prefill_seconds, decode_seconds: wall time of the two phases.
     """
 
@@ -67,6 +68,7 @@ class Generation:
     decode_seconds: float
     draft_tokens: list[list[int]] = field(default_factory=list)
     tree_nodes: list[list[int]] = field(default_factory=list)
+    one_pass: list[list[bool]] = field(default_factory=list)
 
 
 def generate(
@@ -234,7 +236,9 @@ class Stream:
             drafted.append([self._drafted[i] for i in had] if self._drafter else [])
         draft_tokens = [[each.draft_tokens for each in row] for row in drafted]
         tree_nodes = [[each.tree_nodes for each in row] for row in drafted]
-        return Generation(tokens, rounds, self._prefill_seconds, self._decode_seconds, draft_tokens, tree_nodes)
+        one_pass = [[each.one_pass for each in row] for row in drafted]
+        seconds = self._prefill_seconds, self._decode_seconds
+        return Generation(tokens, rounds, *seconds, draft_tokens, tree_nodes, one_pass)
 
     def _finished(self) -> bool:
         if self._progress is None:

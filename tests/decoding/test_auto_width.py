@@ -39,6 +39,7 @@ def test_a_width_may_change_and_drafts_recover_after_plain_rounds(case: Cases, m
         found = generate(target, prompts, drafter_for(case), 56, draft_tokens=AutoWidth(trees=True))
     assert found.tokens == [answer[:56] for answer in answers]
     draftings = [step.drafting for step in forced for _ in range(step.rounds)] + [wide] * 56
+    assert not any(itertools.chain(*found.one_pass))
     for row, nodes, rounds in zip(found.draft_tokens, found.tree_nodes, found.rounds, strict=True):
         assert row == [drafting.draft_tokens for drafting in draftings[: len(row)]]
         assert nodes == [drafting.tree_nodes for drafting in draftings[: len(row)]]

@@ -133,6 +133,7 @@ def test_answers_are_the_targets(how: dict[str, Any], case: Cases) -> None:
         found = generate(target, prompts, drafter, limits, stops, **how, one_pass=True)
         streamed = list(Stream(target, prompts, drafter, limits, stops, **how, one_pass=True))
     assert_same_tokens(target, prompts, found.tokens, plain.tokens)
+    assert found.one_pass == [[True] * len(row) for row in found.rounds]
     assert {r for row in found.rounds for r in row} >= {1, 2, how.get("draft_tokens", SIZE - 1) + 1}
     assert [list(itertools.chain(*(step[row] for step in streamed))) for row in range(3)] == found.tokens
 
