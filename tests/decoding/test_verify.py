@@ -154,11 +154,11 @@ def small() -> tuple[Decoder, Law, Fixed]:
 @pytest.mark.parametrize("draft_choice", ["argmax", "sample"])
 @pytest.mark.parametrize("rule", ["match", "rejection", "block"])
 def test_the_decoder_draws_by_the_targets_law(small: tuple[Decoder, Law, Fixed], rule: str, draft_choice: str) -> None:
-    """Chi-square over the six tokens of 20,000 samples of one prompt, in two rounds or more."""
+    """Chi-square over the six tokens of 8,000 samples of one prompt, in two rounds or more."""
     target, law, drafter = small
     with mesh_scope():
         result = generate(
-            target, [PROMPT], drafter, NEW, samples=20_000, rule=rule, draft_choice=draft_choice, seed=1, **HOT
+            target, [PROMPT], drafter, NEW, samples=8_000, rule=rule, draft_choice=draft_choice, seed=1, **HOT
         )
     counts, expected = cells(law, [tuple(tokens) for tokens in result.tokens])
     assert chisquare(counts, expected).pvalue > 0.01
