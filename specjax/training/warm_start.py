@@ -20,12 +20,12 @@ from specjax.models.sharding import BATCH, SPECS, axis_size, put
 from specjax.weights import flat_params, load_draft, load_run_draft, read_draft_config, with_params
 from specjax.weights.draft_config import MASK_EMBEDDING
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, read_run_draft_config
+from specjax.weights.peft import adapter_config_to_peft
 
 D = TypeVar("D", DFlashDraft, LoRADraft)
 C = TypeVar("C", DFlashConfig, LoRADraftConfig)
 
 RESIDUAL_OUTPUTS = ("self_attn.o_proj.", "mlp.down_proj.")  # zero, they make a layer the identity
-PEFT_WORDS = {"alpha": "lora_alpha", "rslora": "use_rslora"}  # as the section lora says them
 
 
 def grown_config(settings: DraftConfig, old: DFlashConfig, fresh: DFlashConfig) -> DFlashConfig:
@@ -73,11 +73,11 @@ def check_adapters_continue(settings: DraftConfig, old: LoRADraftConfig, fresh: 
     Block size, dropout, the share of masked anchors and what the adapters act on may differ; what says how an adapter's
     weights are applied may not, and another mask token needs a mask embedding of the draft's own.
     """
-    names = ("r", "alpha", "rslora", "target_modules")
-    pairs = [(PEFT_WORDS.get(name, name), getattr(old.lora, name), getattr(fresh.lora, name)) for name in names]
+    theirs, ours = (adapter_config_to_peft(config.lora, None) for config in (old, fresh))
+    pairs = [(name, theirs[name], ours[name]) for name in ("r", "lora_alpha", "use_rslora", "target_modules")]
     if not (old.own_mask_embedding or fresh.own_mask_embedding):
         pairs.append(("mask_token_id", old.mask_token_id, fresh.mask_token_id))
-    problems = [f"{name} is {_shown(there)}, here {_shown(here)}" for name, there, here in pairs if there != here]
+    problems = [f"{name} is {there}, here {here}" for name, there, here in pairs if there != here]
     if problems:
         remedy = "set lora.* to its values"
         if problems[-1].startswith("mask_token_id"):
