@@ -1,4 +1,5 @@
-"""Measures training, its memory, recipes, decoding or loading: `specjax.benchmark train|memory|recipes|decode|load`."""
+"""Measures training, its memory, recipes, decoding or loading, or says what decoding takes at least:
+`specjax.benchmark train|memory|recipes|decode|load|roofline`."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from specjax.benchmark_decode import add_decode_arguments, run_decode, write_decode_folder
+from specjax.benchmark_roofline import add_roofline_arguments, run_roofline
 from specjax.errors import InputError, exit_on_input_error
 from specjax.metadata import run_metadata
 from specjax.print_table import print_table
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     load.add_argument("--json", type=Path, help="also write the report here")
     _add_train(commands)
     _add_memory(commands)
+    roofline = commands.add_parser("roofline", help="the least that rounds take on a device; nothing runs")
+    add_roofline_arguments(roofline)
     recipes = commands.add_parser("recipes", help="acceptance of drafts trained by variants of a run config")
     recipes.add_argument("spec", help="YAML file of variants, such as configs/recipes/quickstart.yaml")
     recipes.add_argument("--out", required=True, type=Path, help="folder of the runs and of the table; continued")
@@ -44,8 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(args, name)}; give at least {least}")
     if args.json is not None and args.json.is_dir():
         raise InputError(f"--json {args.json} is a folder; give a file")
-    commands_by_name = {"train": _train, "memory": _memory, "recipes": _recipes, "decode": run_decode, "load": _load}
-    report = commands_by_name[args.command](args)
+    run = {"train": _train, "memory": _memory, "recipes": _recipes, "load": _load}
+    run |= {"decode": run_decode, "roofline": run_roofline}
+    report = run[args.command](args)
     command = shlex.join(["python", "-m", "specjax.benchmark", *(sys.argv[1:] if argv is None else argv)])
     content = {args.command: report, "metadata": run_metadata() | {"command": command}}
     if args.json is not None:

@@ -65,6 +65,11 @@ class LoRAConfig:
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
+    def parameters(self, block: BlockConfig) -> int:
+        """Of one layer's adapters."""
+        shapes = projection_shapes(block)
+        return self.r * sum(sum(shapes[name]) for name in self.target_modules)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Model FLOPs of a train step and the peak of known devices, for MFU."""
+"""Model FLOPs of a train step and the peak of the mesh, for MFU."""
 
 from __future__ import annotations
 
@@ -6,27 +6,10 @@ from dataclasses import dataclass
 
 import jax
 
-from specjax.models.decoder import BlockConfig, DecoderConfig
+from specjax.devices import PEAKS
+from specjax.models.decoder import DecoderConfig
 from specjax.models.dflash import DFlashConfig
-from specjax.models.lora import LoRAConfig, projection_shapes
 from specjax.models.lora_draft import LoRADraftConfig
-
-# Dense bf16 peak of one device in TFLOP/s, by the vendors' data sheets, keyed by `jax.Device.device_kind`.
-PEAK_TFLOPS = {
-    "TPU v4": 275.0,
-    "TPU v5 lite": 197.0,
-    "TPU v5": 459.0,
-    "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0,
-    "TPU v6e": 918.0,
-    "TPU7x": 2307.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA B200": 2250.0,
-}
 
 DFLASH_FORMULA = (
     "2*N_target*T + 4*pairs_target (forward only; 0 with data.taps) + 6*N_layers*N*B + 6*(fc + context k/v)*S + "
@@ -49,12 +32,6 @@ class StepShape:
     num_anchors: int
 
 
-def layer_parameters(block: BlockConfig) -> int:
-    """Matrix parameters of one layer."""
-    attention = block.hidden_size * block.head_dim * (2 * block.num_attention_heads + 2 * block.num_key_value_heads)
-    return attention + 3 * block.hidden_size * block.intermediate_size
-
-
 def dflash_step_flops(
     target: DecoderConfig, draft: DFlashConfig, shape: StepShape, *, runs_target: bool = True, teacher: bool = False
 ) -> float:
@@ -66,7 +43,7 @@ def dflash_step_flops(
     rows, length = shape.batch_size, shape.max_length
     layers = target.num_hidden_layers if teacher else max(draft.target_layer_ids) + 1
     slots = rows * shape.num_anchors * draft.block_size
-    draft_matrices = 6.0 * draft.num_hidden_layers * layer_parameters(draft.block) * slots
+    draft_matrices = 6.0 * draft.num_hidden_layers * draft.block.matrix_parameters * slots
     fused = len(draft.target_layer_ids) * draft.hidden_size**2
     context_kv = draft.num_hidden_layers * 2 * draft.hidden_size * draft.num_key_value_heads * draft.head_dim
     context = 6.0 * (fused + context_kv) * rows * length
@@ -84,7 +61,7 @@ def lora_step_flops(target: DecoderConfig, draft: LoRADraftConfig, shape: StepSh
     """
     rows, length, layers = shape.batch_size, shape.max_length, target.num_hidden_layers
     slots = rows * shape.num_anchors * draft.block_size
-    frozen, trained = layer_parameters(target.block), adapter_parameters(target.block, draft.lora)
+    frozen, trained = target.block.matrix_parameters, draft.lora.parameters(target.block)
     per_token = layers * (4.0 * frozen + 6.0 * trained)
     heads = layers * target.num_attention_heads * target.head_dim
     of_context = 12.0 if draft.adapt_context else 8.0  # the context's own keys and values have no gradient else
@@ -96,17 +73,11 @@ def lora_step_flops(target: DecoderConfig, draft: LoRADraftConfig, shape: StepSh
     return total + _head_flops(target.vocab_size, target.hidden_size, draft.block_size, shape, teacher)
 
 
-def adapter_parameters(block: BlockConfig, lora: LoRAConfig) -> int:
-    """Parameters of one layer's adapters."""
-    shapes = projection_shapes(block)
-    return lora.r * sum(sum(shapes[name]) for name in lora.target_modules)
-
-
 def _forward_flops(target: DecoderConfig, layers: int, shape: StepShape) -> float:
     """The first `layers` of the target over the rows, without its head."""
     tokens, pairs = shape.batch_size * shape.max_length, shape.batch_size * shape.max_length**2 / 2
     return layers * (
-        2.0 * layer_parameters(target.block) * tokens + 4.0 * pairs * target.num_attention_heads * target.head_dim
+        2.0 * target.block.matrix_parameters * tokens + 4.0 * pairs * target.num_attention_heads * target.head_dim
     )
 
 
@@ -118,7 +89,7 @@ def _head_flops(vocab_size: int, hidden_size: int, block_size: int, shape: StepS
 
 def causal_lm_step_flops(config: DecoderConfig, shape: StepShape) -> float:
     """FLOPs of one step by `CAUSAL_LM_FORMULA`, N with the head and without the embedding."""
-    matrices = config.num_hidden_layers * layer_parameters(config.block) + config.vocab_size * config.hidden_size
+    matrices = config.num_hidden_layers * config.block.matrix_parameters + config.vocab_size * config.hidden_size
     tokens = shape.batch_size * shape.max_length
     pairs = shape.batch_size * shape.max_length**2 / 2 * config.num_hidden_layers
     return 6.0 * matrices * tokens + 12.0 * pairs * config.num_attention_heads * config.head_dim
@@ -127,5 +98,6 @@ def causal_lm_step_flops(config: DecoderConfig, shape: StepShape) -> float:
 def peak_flops(peak_tflops: float | None) -> float | None:
     """FLOP/s of all devices of the mesh together; None if the device is not known and no peak is given."""
     devices = jax.sharding.get_mesh().devices
-    peak = peak_tflops or PEAK_TFLOPS.get(devices.flat[0].device_kind)
+    known = PEAKS.get(devices.flat[0].device_kind)
+    peak = peak_tflops or (known and known.tflops)
     return None if peak is None else peak * 1e12 * devices.size

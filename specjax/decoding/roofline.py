@@ -1,0 +1,144 @@
+"""The least that a round of decoding can take on a device: its passes by the roofline model.
+
+A pass takes as long as its matrix products at the device's peak, or as reading what it needs from memory once,
+whichever is longer (Williams et al., doi:10.1145/1498765.1498785). Nothing else takes time: real passes are slower, and
+the more so the smaller they are. Weights and caches are bfloat16, adapters float32; everything is on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from specjax.devices import Peak
+from specjax.errors import InputError
+from specjax.models.decoder import BlockConfig, DecoderConfig
+from specjax.models.dflash import DFlashConfig
+from specjax.models.lora import LoRAConfig
+from specjax.models.lora_draft import LoRADraftConfig
+
+BF16, FP32 = 2, 4  # bytes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """rows: decoded together. context: tokens of a row in the cache. draft_tokens: verified a round."""
+
+    rows: int
+    context: int
+    draft_tokens: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """FLOPs of one pass over a model's weights, and bytes that it reads and writes."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Pass) -> Pass:
+        return Pass(self.flops + other.flops, self.bytes + other.bytes)
+
+    def seconds(self, peak: Peak) -> float:
+        return max(self.flops / (peak.tflops * 1e12), self.bytes / (peak.gb_s * 1e9))
+
+
+def seconds(passes: Iterable[Pass], peak: Peak) -> float:
+    """Of passes one after the other."""
+    return sum(each.seconds(peak) for each in passes)
+
+
+def autoregressive(target: DecoderConfig, work: Workload) -> tuple[Pass, ...]:
+    """A step of all rows."""
+    return (_target_pass(target, work, 1),)
+
+
+def speculative(target: DecoderConfig, draft: DFlashConfig | LoRADraftConfig, work: Workload) -> dict[str, list[Pass]]:
+    """The passes of a round, by way of drafting: a DFlash draft has one way, a LoRA draft two if it drafts ahead.
+
+    Raises:
+        InputError: the draft proposes fewer tokens than the workload verifies.
+    """
+    if not 1 <= work.draft_tokens < draft.block_size:
+        raise InputError(
+            f"draft_tokens is {work.draft_tokens}; a block of {draft.block_size} has 1 to {draft.block_size - 1}"
+        )
+    verify = _target_pass(target, work, work.draft_tokens + 1)
+    if isinstance(draft, DFlashConfig):
+        return {"draft, then verify": [_dflash_pass(target, draft, work), verify]}
+    drafts = _head(target, work, work.draft_tokens)
+    alone = _target_layers(target, work, draft.block_size, draft.block_size, draft.lora)
+    if draft.adapt_context:
+        own_cache = _target_layers(target, work, work.draft_tokens + 1, work.draft_tokens + 1, draft.lora)
+        return {"two passes, and one for the adapted context": [alone + drafts, verify, own_cache]}
+    ways = {"two passes": [alone + drafts, verify]}
+    if draft.masked_anchor:
+        # A block for every outcome, run with the tokens: weights and context are read once.
+        blocks = _target_layers(target, work, (work.draft_tokens + 1) * draft.block_size, draft.block_size, draft.lora)
+        shared = Pass(0.0, _layer_bytes(target) + _cache_bytes(target.block, target.windows, work))
+        ways["one pass"] = [verify + blocks + Pass(0.0, -shared.bytes), drafts]
+    return ways
+
+
+def _target_pass(target: DecoderConfig, work: Workload, tokens: int) -> Pass:
+    """The target over so many tokens a row, with its head."""
+    return _target_layers(target, work, tokens, tokens) + _head(target, work, tokens)
+
+
+def _target_layers(
+    target: DecoderConfig, work: Workload, tokens: int, block: int, lora: LoRAConfig | None = None
+) -> Pass:
+    """The target's layers over tokens of a row, which see its context and a block of themselves."""
+    layers = target.num_hidden_layers
+    flops = _matmul(layers * target.block.matrix_parameters, tokens * work.rows)
+    flops += _attention_flops(target.block, target.windows, work, tokens, block)
+    read = _layer_bytes(target) + _cache_bytes(target.block, target.windows, work)
+    if lora is not None:
+        adapters = layers * lora.parameters(target.block)
+        flops += _matmul(adapters, tokens * work.rows)
+        read += FP32 * adapters
+    return Pass(flops, read)
+
+
+def _dflash_pass(target: DecoderConfig, draft: DFlashConfig, work: Workload) -> Pass:
+    """The draft over a block a row, the target's head over its drafts, and the context of what was verified before."""
+    layers = draft.num_hidden_layers * draft.block.matrix_parameters
+    fuse = len(draft.target_layer_ids) * draft.hidden_size**2
+    keys_values = draft.num_hidden_layers * 2 * draft.hidden_size * draft.num_key_value_heads * draft.head_dim
+    windows = tuple(draft.sliding_window if kind == "sliding_attention" else None for kind in draft.layer_types)
+    flops = _matmul(layers, draft.block_size * work.rows)
+    flops += _matmul(fuse + keys_values, (work.draft_tokens + 1) * work.rows)
+    flops += _attention_flops(draft.block, windows, work, draft.block_size, draft.block_size)
+    read = BF16 * (layers + fuse) + _cache_bytes(draft.block, windows, work)
+    return Pass(flops, read) + _head(target, work, work.draft_tokens)
+
+
+def _head(target: DecoderConfig, work: Workload, tokens: int) -> Pass:
+    parameters = target.vocab_size * target.hidden_size
+    return Pass(_matmul(parameters, tokens * work.rows), BF16 * parameters)
+
+
+def _matmul(parameters: int, tokens: int) -> float:
+    return 2.0 * parameters * tokens
+
+
+def _layer_bytes(target: DecoderConfig) -> float:
+    return BF16 * target.num_hidden_layers * target.block.matrix_parameters
+
+
+def _attention_flops(
+    block: BlockConfig, windows: tuple[int | None, ...], work: Workload, tokens: int, own: int
+) -> float:
+    """Scores and their sums of tokens that each see the context and `own` tokens of their block."""
+    keys = sum(_visible(work, window) + own for window in windows)
+    return 4.0 * work.rows * tokens * keys * block.num_attention_heads * block.head_dim
+
+
+def _cache_bytes(block: BlockConfig, windows: tuple[int | None, ...], work: Workload) -> float:
+    """Keys and values of the context."""
+    keys = sum(_visible(work, window) for window in windows)
+    return BF16 * 2.0 * work.rows * keys * block.num_key_value_heads * block.head_dim
+
+
+def _visible(work: Workload, window: int | None) -> int:
+    return work.context if window is None else min(work.context, window)
