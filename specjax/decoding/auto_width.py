@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -153,12 +154,20 @@ class Choice:
             # A round yields a token, and what is expected where that has lately been seen.
             tokens = expected[tried] if leader != PLAIN else None
             risk = PROBE_ROUNDS * max(self._cost[tried] - (tokens or 1) / rates[leader], 0.0)
+            risk += self._to_begin(tried, leader) + self._to_begin(leader, tried)
             if self._auto.saved >= risk:
                 self._auto.saved -= risk
                 self._saving = False
                 return Step(tried, PROBE_ROUNDS)
         self._saving = tried is not None
         return Step(leader, PLAIN_ROUNDS if leader == PLAIN else DRAFT_ROUNDS)
+
+    def _to_begin(self, drafting: Drafting, before: Drafting) -> float:
+        """What rounds of `drafting` cost beside themselves: those in one pass begin with a draft pass, unless rounds of
+        their kind went `before`. It is part of a round in two passes, which so bounds its cost."""
+        if not drafting.one_pass or before.one_pass:
+            return 0.0
+        return self._cost[replace(drafting, one_pass=False)]
 
     def _to_try(self, leader: Drafting, best: Drafting, rates: dict[Drafting, float]) -> Drafting | None:
         """What may be better than the leader, for all that is known."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from specjax.decoding import AutoWidth, DFlashDrafter, Stream, generate
-from specjax.decoding.auto_width import Choice, Measured, Step
+from specjax.decoding.auto_width import BUDGET, Choice, Measured, Step
 from specjax.decoding.drafting import PLAIN, Drafting
 from specjax.models.sharding import SPECS, mesh_scope, put
 from tests.decoding.oracle import Mixture, oracle, proposals
@@ -52,7 +52,7 @@ class Clock:
     """A machine and prompts of known costs and acceptance, to decode `tokens` tokens with what `Choice` says.
 
     acceptance: of every position by the nodes of the tree, 0: of chains, and of chains of one pass. seconds: as the
-    machine was measured.
+    machine was measured. ahead: seconds of the draft pass with which rounds in one pass begin.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class Clock:
         seconds: dict[Drafting, float],
         acceptance: list[float] | dict[int | str, list[float]],
         at_most: int = 99,
+        ahead: float = 0.0,
     ):
         self.at_most, self.rng, self.auto = at_most, np.random.default_rng(0), AutoWidth()
         self.seconds, self.acceptance = seconds, acceptance if isinstance(acceptance, dict) else {0: acceptance}
         self.used: list[Drafting] = []
+        self.ahead, self.begun = ahead, 0
 
     def rounds(self, drafting: Drafting, count: int) -> np.ndarray:
         passed = (
@@ -86,6 +88,9 @@ class Clock:
             advanced = advanced[: 1 + np.searchsorted(advanced.cumsum(), tokens - made)]
             made += advanced.sum()
             spent += self.seconds[drafting] * len(advanced)
+            if drafting.one_pass and not (self.used and self.used[-1].one_pass):
+                spent += self.ahead
+                self.begun += 1
             self.used += [drafting] * len(advanced)
             self.auto.saw(drafting, advanced[None])
         return spent
@@ -208,6 +213,25 @@ def test_one_pass_is_taken_where_it_pays(cost: float, accepted: float, best: Dra
     tokens = 1 + np.cumprod(truth["one pass" if best.one_pass else 0]).sum()
     assert spent < 1.15 * 4000 * seconds[best] / tokens
     assert clock.share(best, 300) > 0.7
+
+
+@pytest.mark.parametrize("hopeless", [True, False], ids=["one pass", "two passes"])
+def test_looking_for_better_ways_costs_what_it_may(hopeless: bool) -> None:
+    """The draft pass with which rounds in one pass begin is counted, both ways."""
+    accepted: dict[int | str, list[float]] = {0: [0.0] * 7, "one pass": [0.0] * 7}
+    accepted[0 if hopeless else "one pass"] = [0.85] * 7
+    leader, other = (CHAINS[7], ONE_PASS[7]) if hopeless else (ONE_PASS[7], CHAINS[7])
+    clock = Clock({PLAIN: 1.0, CHAINS[7]: 1.75, ONE_PASS[7]: 1.4}, accepted, ahead=1.5)
+    clock.measure()
+    clock.decode(500)
+    clock.used, clock.begun = [], 0
+    spent = clock.decode(20_000)
+    tries = [drafting for drafting in clock.used if drafting == other]
+    assert len(tries) > 20
+    assert len(tries) + clock.used.count(leader) == len(clock.used)
+    rate = (1 + np.cumprod([0.85] * 7).sum()) / clock.seconds[leader]
+    lost = len(tries) * (clock.seconds[other] - 1 / rate) + clock.begun * clock.ahead
+    assert lost < 1.1 * BUDGET * spent
 
 
 def test_acceptance_in_one_pass_is_learned_apart() -> None:
