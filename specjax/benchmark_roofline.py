@@ -63,6 +63,11 @@ def run_roofline(args: argparse.Namespace) -> dict[str, Any]:
     target = read_target_config(config.target.path)
     config = with_mask_token(config, target.vocab_size)
     draft = lora_draft_config_of(config) if config.kind == "lora" else draft_config_of(config)
+    for count in args.draft_tokens or ():
+        if not 1 <= count < draft.block_size:
+            raise InputError(
+                f"--draft-tokens is {count}; draft.block_size is {draft.block_size}: give 1 to {draft.block_size - 1}"
+            )
     report = []
     for sizes in itertools.product(args.batch_size, args.context, args.draft_tokens or [draft.block_size - 1]):
         work = Workload(*sizes)
@@ -78,8 +83,9 @@ def run_roofline(args: argparse.Namespace) -> dict[str, Any]:
             report.append(row | {"speedup": speedups})
     columns = ["context", "drafts", "way", "AR step, ms", "round, ms", "pays above acceptance length"]
     print_table(
-        f"least times at {peak.tflops:g} TFLOP/s and {peak.gb_s:g} GB/s, by the roofline model: nothing was measured",
-        [*columns, *(f"speedup at {length:g}" for length in args.acceptance)],
+        f"least times at {peak.tflops:g} TFLOP/s and {peak.gb_s:g} GB/s, by the roofline model: nothing was measured; "
+        "never and -: more than a round can yield",
+        [*columns, *(f"speedup at {length}" for length in report[0]["speedup"])],
         [_shown(row) for row in report],
         "batch size",
     )
@@ -99,18 +105,19 @@ def _peak(args: argparse.Namespace) -> Peak:
     if None in given:
         raise InputError("which device? Give --device, or both --tflops and --gb-s")
     if not all(0 < value < math.inf for value in given):
-        raise InputError(f"--tflops is {args.tflops:g} and --gb-s is {args.gb_s:g}; both must be numbers above 0")
+        raise InputError(f"--tflops is {args.tflops:g} and --gb-s is {args.gb_s:g}; both must be finite and above 0")
     return Peak(*given)
 
 
 def _shown(row: dict[str, Any]) -> tuple[str, ...]:
+    length = row["break_even_acceptance_length"]
     return (
         str(row["batch_size"]),
         str(row["context"]),
         str(row["draft_tokens"]),
         row["way"],
-        f"{1e3 * row['autoregressive_step_s']:.2f}",
-        f"{1e3 * row['round_s']:.2f}",
-        f"{row['break_even_acceptance_length']:.2f}",
+        f"{1e3 * row['autoregressive_step_s']:.3g}",
+        f"{1e3 * row['round_s']:.3g}",
+        f"{length:.2f}" if length <= row["draft_tokens"] + 1 else f"never ({length:.2f})",
         *("-" if speedup is None else f"{speedup:.2f}x" for speedup in row["speedup"].values()),
     )

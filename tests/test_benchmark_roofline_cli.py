@@ -50,10 +50,10 @@ def test_a_dflash_draft_on_a_known_device(tmp_path: Path) -> None:
         (("--tflops", "1"), "Give --device, or both --tflops and --gb-s"),
         (("--device", "abacus"), "--device abacus is not known; give --tflops and --gb-s, or one of TPU v4"),
         ((*H200, "--gb-s", "1"), "leave --tflops and --gb-s out, or --device"),
-        (("--tflops", "nan", "--gb-s", "1"), "--tflops is nan and --gb-s is 1; both must be numbers above 0"),
+        (("--tflops", "nan", "--gb-s", "1"), "--tflops is nan and --gb-s is 1; both must be finite and above 0"),
         ((*H200, "--batch-size", "0"), "--batch-size is 0; give a number from 1 on"),
         ((*H200, "--acceptance", "0.5"), "--acceptance is 0.5; give a number from 1 on"),
-        ((*H200, "--draft-tokens", "9"), "draft_tokens is 9; a block of 4 has 1 to 3"),
+        ((*H200, "--draft-tokens", "9"), "--draft-tokens is 9; draft.block_size is 4: give 1 to 3"),
     ],
 )
 def test_mistakes(arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def read_draft_config(path_or_id: str | Path, base: None = None) -> DFlashConfig
 def read_draft_config(path_or_id: str | Path, base: DecoderConfig) -> DFlashConfig | LoRADraftConfig: ...
 def read_draft_config(path_or_id: str | Path, base: DecoderConfig | None = None) -> DFlashConfig | LoRADraftConfig:
     """The configuration of a draft's folder or hub id, without its weights; `base` and errors as `load_draft`'s."""
-    folder = model_folder(path_or_id)
+    folder = model_folder(path_or_id, weights=False)
     if is_adapter_folder(folder):
         return read_lora_draft_config(folder, _required(base, folder))
     return read_dflash_config(folder)

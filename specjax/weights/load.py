@@ -62,7 +62,7 @@ def load_dflash_draft(folder: Path, *, dtype: Any = jnp.bfloat16, param_dtype: A
 
 def read_target_config(path_or_id: str | Path) -> DecoderConfig:
     """The architecture of a target folder or hub id, without its weights."""
-    folder = model_folder(path_or_id)
+    folder = model_folder(path_or_id, weights=False)
     raw = read_json(folder / CONFIG_FILE)
     if is_draft_config(raw):
         raise InputError(f"{folder}: holds a DFlash draft, not a target; give the model it was trained for")

@@ -25,10 +25,8 @@ EMBEDDED_FOLDER = Path(__file__).resolve().parent.parent / "embedded_target"
 ALIGNMENT = 64  # bytes; XLA copies host arrays that are aligned less
 HEADER_LENGTH = struct.Struct("<Q")
 METADATA = "__metadata__"
-HUB_PATTERNS = (
-    *("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "merges.txt", "*.model"),
-    "mask_embedding.pt",
-)
+HUB_SMALL_FILES = "*.json", "*.jinja", "merges.txt", "*.model", "mask_embedding.pt"
+HUB_WEIGHTS = "*.safetensors"
 
 # The header's dtype names of weights that can be loaded. Integers and float8 are quantised formats with scales of
 # their own: reading them as numbers would give garbage.
@@ -41,8 +39,10 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES: dict[np.dtype, str] = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
-def model_folder(path_or_id: str | Path) -> Path:
+def model_folder(path_or_id: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model: a folder, `embedded`, or a hub id, which is downloaded into the hub's cache.
+
+    weights: download them, too, and not only the small files beside them.
 
     Raises:
         InputError: there is no such folder and the hub cannot deliver a model of that name.
@@ -57,15 +57,16 @@ def model_folder(path_or_id: str | Path) -> Path:
         raise InputError(f"{path}: is a file; give the model folder that holds its config.json")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith("/"):
         raise InputError(f"{path}: no such folder; give a model folder, a hub id (OWNER/NAME), or {EMBEDDED!r}")
-    return _download(name)
+    return _download(name, weights)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    patterns = [*HUB_SMALL_FILES, *([HUB_WEIGHTS] if weights else [])]
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(HUB_PATTERNS)))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -23,7 +23,7 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase | None:
     Raises:
         InputError: the tokenizer's files are broken.
     """
-    folder = model_folder(path_or_id)
+    folder = model_folder(path_or_id, weights=False)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         return None
     from transformers import AutoTokenizer
@@ -36,7 +36,7 @@ def load_tokenizer(path_or_id: str | Path) -> PreTrainedTokenizerBase | None:
 
 def stop_token_ids(path_or_id: str | Path) -> tuple[int, ...]:
     """Tokens that end an answer: those of generation_config.json, else of config.json, else none."""
-    folder = model_folder(path_or_id)
+    folder = model_folder(path_or_id, weights=False)
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         value = read_json(path).get("eos_token_id") if path.exists() else None

@@ -11,17 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from converters.flax_to_hf import main as flax_to_hf
+from specjax.devices import PEAKS, Peak
 from specjax.models.decoder import DecoderConfig
 from specjax.models.dflash import DFlashConfig
 from specjax.models.layers import RopeConfig
 from specjax.models.lora import LoRAConfig
 from specjax.models.lora_draft import LoRADraftConfig
+from specjax.models.sharding import make_mesh
 from specjax.training import loop
-from specjax.training.flops import StepShape, causal_lm_step_flops, dflash_step_flops, lora_step_flops
+from specjax.training.flops import StepShape, causal_lm_step_flops, dflash_step_flops, lora_step_flops, peak_flops
 from specjax.training.metrics import add, readable
 from specjax.weights import read_target_config
 from specjax.weights.tokenizer import stop_token_ids
@@ -108,6 +111,14 @@ def test_a_decoder_run_learns_and_is_exported(raw: dict[str, Any], target_folder
     assert read_target_config(out) == read_target_config(target_folder)
     assert stop_token_ids(out) == (STOP_TOKEN,) == stop_token_ids(target_folder)
     assert json.loads((out / "generation_config.json").read_text()) == generation
+
+
+def test_the_peak_is_that_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    with jax.set_mesh(make_mesh(4, 1, 2)):
+        assert peak_flops(None) is None
+        assert peak_flops(0.5) == 8 * 0.5e12
+        monkeypatch.setitem(PEAKS, "cpu", Peak(tflops=2.0, gb_s=1.0))
+        assert (peak_flops(None), peak_flops(0.5)) == (8 * 2e12, 8 * 0.5e12)
 
 
 def test_flops_of_a_step_by_hand() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from specjax.errors import InputError
+from specjax.weights import read_target_config
 from specjax.weights.safetensors_files import (
     ALIGNMENT,
     EMBEDDED_FOLDER,
@@ -19,6 +21,8 @@ from specjax.weights.safetensors_files import (
     open_tensors,
     write_safetensors,
 )
+from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
+from tests.weights.tiny import raw_config
 
 WHOLE = (slice(None), slice(None))
 
@@ -120,13 +124,21 @@ def test_hub_ids_are_downloaded_and_failures_are_reported(tmp_path: Path, monkey
 
     asked = []
 
+    names = "config.json", "tokenizer.model", "model-00001-of-00002.safetensors", "pytorch_model.bin"
+
     def download(repo_id: str, allow_patterns: list[str]) -> str:
-        asked.append((repo_id, "*.safetensors" in allow_patterns, "*.bin" in allow_patterns))
+        taken = [name for name in names if any(fnmatch(name, pattern) for pattern in allow_patterns)]
+        asked.append((repo_id, taken))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert model_folder("owner/name") == tmp_path
-    assert asked == [("owner/name", True, False)]
+    assert asked == [("owner/name", [*names[:3]])]
+    (tmp_path / "config.json").write_text(json.dumps(raw_config()))
+    for small in (read_target_config, load_tokenizer, stop_token_ids):
+        asked.clear()
+        small("owner/name")
+        assert asked == [("owner/name", [*names[:2]])], small
 
     def fail(repo_id: str, allow_patterns: list[str]) -> str:
         raise LocalEntryNotFoundError("offline")
