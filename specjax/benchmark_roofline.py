@@ -68,7 +68,7 @@ def run_roofline(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(
                 f"--draft-tokens is {count}; draft.block_size is {draft.block_size}: give 1 to {draft.block_size - 1}"
             )
-    report = []
+    report: list[dict[str, Any]] = []
     for sizes in itertools.product(args.batch_size, args.context, args.draft_tokens or [draft.block_size - 1]):
         work = Workload(*sizes)
         step = seconds(autoregressive(target, work), peak)
