@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from specjax.decoding import generate
+from specjax.decoding import Generation, generate
 from specjax.decoding.drafter import Rows
 from specjax.decoding.verify import acceptance
 from specjax.models.decoder import Decoder
@@ -151,15 +153,28 @@ def small() -> tuple[Decoder, Law, Fixed]:
         return target, target_law(target), Fixed(jnp.asarray(logits), 4)
 
 
+@pytest.fixture(scope="module")
+def drawn(small: tuple[Decoder, Law, Fixed]) -> Callable[[str, str], Generation]:
+    """8,000 samples of one prompt, by a rule and a choice of drafts."""
+    target, _, drafter = small
+
+    @cache
+    def samples(rule: str, draft_choice: str) -> Generation:
+        how = {"rule": rule, "draft_choice": draft_choice, "seed": 1, **HOT}
+        with mesh_scope():
+            return generate(target, [PROMPT], drafter, NEW, samples=8_000, **how)
+
+    return samples
+
+
 @pytest.mark.parametrize("draft_choice", ["argmax", "sample"])
 @pytest.mark.parametrize("rule", ["match", "rejection", "block"])
-def test_the_decoder_draws_by_the_targets_law(small: tuple[Decoder, Law, Fixed], rule: str, draft_choice: str) -> None:
-    """Chi-square over the six tokens of 8,000 samples of one prompt, in two rounds or more."""
-    target, law, drafter = small
-    with mesh_scope():
-        result = generate(
-            target, [PROMPT], drafter, NEW, samples=8_000, rule=rule, draft_choice=draft_choice, seed=1, **HOT
-        )
+def test_the_decoder_draws_by_the_targets_law(
+    small: tuple[Decoder, Law, Fixed], drawn: Callable[[str, str], Generation], rule: str, draft_choice: str
+) -> None:
+    """Chi-square over the six tokens, in two rounds or more."""
+    _, law, _ = small
+    result = drawn(rule, draft_choice)
     counts, expected = cells(law, [tuple(tokens) for tokens in result.tokens])
     assert chisquare(counts, expected).pvalue > 0.01
     kept = np.concatenate(result.rounds) - 1
@@ -167,15 +182,10 @@ def test_the_decoder_draws_by_the_targets_law(small: tuple[Decoder, Law, Fixed],
     assert kept.max() == 3
 
 
-def test_sampled_drafts_are_kept_as_the_rules_promise(small: tuple[Decoder, Law, Fixed]) -> None:
+def test_sampled_drafts_are_kept_as_the_rules_promise(drawn: Callable[[str, str], Generation]) -> None:
     """First rounds: `block` keeps the most; sharing the target's randomness, `match` comes close to `rejection`."""
-    target, _, drafter = small
-    kept = {}
-    options = {"samples": 4000, "seed": 1, **HOT}
-    with mesh_scope():
-        for rule, choice in (("match", "argmax"), ("match", "sample"), ("rejection", "sample"), ("block", "sample")):
-            result = generate(target, [PROMPT], drafter, NEW, rule=rule, draft_choice=choice, **options)
-            kept[rule, choice] = np.mean([rounds[0] for rounds in result.rounds])
+    ways = ("match", "argmax"), ("match", "sample"), ("rejection", "sample"), ("block", "sample")
+    kept = {way: np.mean([rounds[0] for rounds in drawn(*way).rounds]) for way in ways}
     assert kept["block", "sample"] > kept["rejection", "sample"] + 0.03
     assert kept["rejection", "sample"] > kept["match", "sample"] > kept["match", "argmax"] + 0.2
 
