@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from specjax.devices import Peak
 from specjax.models.decoder import BlockConfig, DecoderConfig
 from specjax.models.dflash import DFlashConfig
-from specjax.models.lora import LoRAConfig
+from specjax.models.lora import LoRAConfig, matrix_parameters
 from specjax.models.lora_draft import LoRADraftConfig
 
 BF16, FP32 = 2, 4  # bytes
@@ -99,7 +99,7 @@ def _target_layers(
 ) -> Pass:
     """The target's layers over tokens of a row, each of which sees the context and `own` of the pass's tokens."""
     layers = target.num_hidden_layers
-    flops = _matmul(layers * target.block.matrix_parameters, tokens * work.rows)
+    flops = _matmul(layers * matrix_parameters(target.block), tokens * work.rows)
     flops += _attention_flops(target.block, target.windows, work, tokens, own)
     read = _layer_bytes(target) + _cache_bytes(target.block, target.windows, work)
     if lora is not None:
@@ -111,7 +111,7 @@ def _target_layers(
 
 def _dflash_pass(target: DecoderConfig, draft: DFlashConfig, work: Workload) -> Pass:
     """The draft over a block a row, the target's head over its drafts, and the context of what was verified before."""
-    layers = draft.num_hidden_layers * draft.block.matrix_parameters
+    layers = draft.num_hidden_layers * matrix_parameters(draft.block)
     keys_values = draft.num_hidden_layers * 2 * draft.hidden_size * draft.num_key_value_heads * draft.head_dim
     context = len(draft.target_layer_ids) * draft.hidden_size**2 + keys_values
     windows = tuple(draft.sliding_window if kind == "sliding_attention" else None for kind in draft.layer_types)
@@ -131,7 +131,7 @@ def _matmul(parameters: int, tokens: int) -> float:
 
 
 def _layer_bytes(target: DecoderConfig) -> float:
-    return BF16 * target.num_hidden_layers * target.block.matrix_parameters
+    return BF16 * target.num_hidden_layers * matrix_parameters(target.block)
 
 
 def _attention_flops(

@@ -45,12 +45,6 @@ class BlockConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
 
-    @property
-    def matrix_parameters(self) -> int:
-        """Of one layer's projections, without biases."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * (self.head_dim * heads + 3 * self.intermediate_size)
-
 
 @dataclass(frozen=True)
 class DecoderConfig:

@@ -172,6 +172,11 @@ def projection_shapes(block: BlockConfig) -> dict[str, tuple[int, int]]:
     return shapes | {"gate_proj": (d, inner), "up_proj": (d, inner), "down_proj": (inner, d)}
 
 
+def matrix_parameters(block: BlockConfig) -> int:
+    """Of all PROJECTIONS of one layer, without biases."""
+    return sum(inputs * outputs for inputs, outputs in projection_shapes(block).values())
+
+
 def projection(layer: DecoderLayer, name: str) -> Linear:
     """The projection `name` (of PROJECTIONS) of a layer."""
     return getattr(getattr(layer, PROJECTIONS[name]), name)

@@ -9,6 +9,7 @@ import jax
 from specjax.devices import PEAKS
 from specjax.models.decoder import DecoderConfig
 from specjax.models.dflash import DFlashConfig
+from specjax.models.lora import matrix_parameters
 from specjax.models.lora_draft import LoRADraftConfig
 
 DFLASH_FORMULA = (
@@ -43,7 +44,7 @@ def dflash_step_flops(
     rows, length = shape.batch_size, shape.max_length
     layers = target.num_hidden_layers if teacher else max(draft.target_layer_ids) + 1
     slots = rows * shape.num_anchors * draft.block_size
-    draft_matrices = 6.0 * draft.num_hidden_layers * draft.block.matrix_parameters * slots
+    draft_matrices = 6.0 * draft.num_hidden_layers * matrix_parameters(draft.block) * slots
     fused = len(draft.target_layer_ids) * draft.hidden_size**2
     context_kv = draft.num_hidden_layers * 2 * draft.hidden_size * draft.num_key_value_heads * draft.head_dim
     context = 6.0 * (fused + context_kv) * rows * length
@@ -61,7 +62,7 @@ def lora_step_flops(target: DecoderConfig, draft: LoRADraftConfig, shape: StepSh
     """
     rows, length, layers = shape.batch_size, shape.max_length, target.num_hidden_layers
     slots = rows * shape.num_anchors * draft.block_size
-    frozen, trained = target.block.matrix_parameters, draft.lora.parameters(target.block)
+    frozen, trained = matrix_parameters(target.block), draft.lora.parameters(target.block)
     per_token = layers * (4.0 * frozen + 6.0 * trained)
     heads = layers * target.num_attention_heads * target.head_dim
     of_context = 12.0 if draft.adapt_context else 8.0  # the context's own keys and values have no gradient else
@@ -77,7 +78,7 @@ def _forward_flops(target: DecoderConfig, layers: int, shape: StepShape) -> floa
     """The first `layers` of the target over the rows, without its head."""
     tokens, pairs = shape.batch_size * shape.max_length, shape.batch_size * shape.max_length**2 / 2
     return layers * (
-        2.0 * target.block.matrix_parameters * tokens + 4.0 * pairs * target.num_attention_heads * target.head_dim
+        2.0 * matrix_parameters(target.block) * tokens + 4.0 * pairs * target.num_attention_heads * target.head_dim
     )
 
 
@@ -89,7 +90,7 @@ def _head_flops(vocab_size: int, hidden_size: int, block_size: int, shape: StepS
 
 def causal_lm_step_flops(config: DecoderConfig, shape: StepShape) -> float:
     """FLOPs of one step by `CAUSAL_LM_FORMULA`, N with the head and without the embedding."""
-    matrices = config.num_hidden_layers * config.block.matrix_parameters + config.vocab_size * config.hidden_size
+    matrices = config.num_hidden_layers * matrix_parameters(config.block) + config.vocab_size * config.hidden_size
     tokens = shape.batch_size * shape.max_length
     pairs = shape.batch_size * shape.max_length**2 / 2 * config.num_hidden_layers
     return 6.0 * matrices * tokens + 12.0 * pairs * config.num_attention_heads * config.head_dim
