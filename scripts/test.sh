@@ -19,4 +19,5 @@ export JAX_PLATFORMS=cpu
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest -q -n 2 --dist loadfile "$@"  # a file's tests share their fixtures
+# A file's tests share their fixtures. A worker that crashed is not replaced: the new one can wait for tests for ever.
+exec "$python" -m pytest -q -n 2 --dist loadfile --max-worker-restart=0 "$@"

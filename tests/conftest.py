@@ -6,6 +6,7 @@ The variables are set before jax is imported, and reach the processes that tests
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,18 @@ os.environ["XLA_FLAGS"] = f"{xla_flags(8)} {os.environ.get('XLA_FLAGS', '')}"  #
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # the default skips programs compiled in under 1 s
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file() -> Iterator[None]:
+    """Drops compiled programs after each file.
+
+    Each takes about ten memory maps, of which Linux grants a process 65,530; without room for more LLVM crashes.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
