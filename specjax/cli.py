@@ -154,7 +154,9 @@ def read_draft_config(path_or_id: str, target: DecoderConfig) -> DFlashConfig | 
 
 
 def load_models(args: argparse.Namespace) -> Models:
-    """Loads target, draft and tokenizer; warns on stderr where the draft was trained for another target."""
+    """Loads target, draft and tokenizer; warns on stderr where a DFlash draft was trained for another target, or a
+    draft with another chat template or thinking mode. Raises InputError for adapters that another base was given.
+    """
     import jax.numpy as jnp
 
     from specjax import weights
@@ -180,7 +182,8 @@ def _load_draft(
     from specjax import weights
     from specjax.decoding.drafter import drafter_of
     from specjax.decoding.inputs import check_models
-    from specjax.models.dflash import DFlashDraft
+    from specjax.models.lora_draft import LoRADraft
+    from specjax.weights.fingerprint import FINGERPRINT_FILE
     from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG
     from specjax.weights.tokenizer import mask_token_warning
 
@@ -193,15 +196,18 @@ def _load_draft(
         draft = weights.load_draft(folder, dtype=target.dtype, base=target.config)
     check_models(target, drafter_of(draft))
     template = tokenizer.get_chat_template() if tokenizer is not None and tokenizer.chat_template else None
-    served = weights.target_fingerprint(
-        target,
-        vocab_size=draft.config.vocab_size if isinstance(draft, DFlashDraft) else None,
-        chat_template=template,
-        thinking=json.dumps(args.chat_template_kwargs, sort_keys=True),
-    )
-    recorded, base_name = weights.read_fingerprint(folder), weights.adapter_base_name(folder)
+    thinking = json.dumps(args.chat_template_kwargs, sort_keys=True)
+    served = weights.target_fingerprint(target, chat_template=template, thinking=thinking)
+    recorded = weights.read_fingerprint(folder)
+    if isinstance(draft, LoRADraft) and recorded is not None and recorded.embedding != served.embedding:
+        name = weights.adapter_base_name(folder)
+        raise InputError(
+            f"{args.draft}: its adapters were trained on another base{f' ({name})' if name else ''}: the weights of "
+            f"--target {args.target} differ; give that base, or train adapters for this one. To draft with them all "
+            f"the same, set target_fingerprint to null in {folder / FINGERPRINT_FILE}"
+        )
     for warning in (
-        weights.fingerprint_warning(recorded, served, base_name),
+        weights.fingerprint_warning(recorded, served),
         mask_token_warning(draft.config.mask_token_id, tokenizer),
     ):
         if warning:

@@ -84,15 +84,32 @@ def test_answers_are_the_targets(folder: Path, capsys: pytest.CaptureFixture[str
     assert rounds[0] == rounds[1]
 
 
-def test_another_target_is_warned_of_by_name(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_another_chat_template_is_warned_of(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     other = shutil.copytree(folder / "target", tmp_path / "target")
     (other / "chat_template.jinja").write_text((other / "chat_template.jinja").read_text() + "{# other #}")
     shutil.copytree(folder / "lora", tmp_path / "lora")
     _, warning = answer(tmp_path, "lora", capsys)
     assert warning == (
-        f"warning: {tmp_path / 'lora'}: the draft was trained for another target ({BASE_NAME}): "
+        f"warning: {tmp_path / 'lora'}: the draft was trained for another target: "
         "the chat template differs. Output stays exact, but expect it slower.\n"
     )
+
+
+def test_adapters_of_another_base_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Of the same shape, which only the recorded fingerprint tells; it can be set aside."""
+    target = load_target(folder / "target", dtype=jnp.float32)
+    weight = target.embed_tokens.weight
+    weight[...] = -weight[...]
+    save_target(target, shutil.copytree(folder / "target", tmp_path / "target"), jnp.float32)
+    draft = shutil.copytree(folder / "lora", tmp_path / "lora")
+    with pytest.raises(SystemExit, match="2"):
+        answer(tmp_path, "lora", capsys)
+    assert f"{draft}: its adapters were trained on another base ({BASE_NAME})" in capsys.readouterr().err
+    side = json.loads((draft / "specjax.json").read_text())
+    (draft / "specjax.json").write_text(json.dumps(side | {"target_fingerprint": None}))
+    plain, _ = answer(tmp_path, None, capsys)
+    drafted, warnings = answer(tmp_path, "lora", capsys)
+    assert (drafted["tokens"], warnings) == (plain["tokens"], "")
 
 
 def test_training_answers_are_the_targets(folder: Path, tmp_path: Path) -> None:

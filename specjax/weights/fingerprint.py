@@ -26,7 +26,7 @@ from specjax.weights.safetensors_files import model_folder, open_sound_tensors
 FINGERPRINT_FILE = "specjax.json"
 RECORDED = "target_fingerprint"
 UNKNOWN: dict[str, Any] = {RECORDED: None}  # where the file says other things of the draft
-SAMPLED_ROWS = 16
+ROWS = 64  # the first ones: common tokens, which a target that gets more rows keeps where they are
 
 MEANING = {
     "embedding": "the target's weights differ",
@@ -37,7 +37,7 @@ MEANING = {
 
 @dataclass(frozen=True)
 class TargetFingerprint:
-    """embedding: hash of embedding rows in bf16; chat_template: hash of its text; thinking: mode of the chat.
+    """embedding: hash of the first embedding rows in bf16; chat_template: hash of its text; thinking: mode of the chat.
 
     A field that is None was not known when the fingerprint was taken, and is not compared.
     """
@@ -51,15 +51,13 @@ class TargetFingerprint:
 
 
 def target_fingerprint(
-    target: Decoder, *, vocab_size: int | None = None, chat_template: str | None = None, thinking: str | None = None
+    target: Decoder, *, chat_template: str | None = None, thinking: str | None = None
 ) -> TargetFingerprint:
     """The fingerprint of `target` as it is served; equal whether it was loaded in bf16 or fp32, on any mesh.
 
-    vocab_size: of the target that a recorded fingerprint is of. A target that has since got more embedding rows, and
-    kept its own, has the same.
+    A target that has since got more embedding rows, and kept its own, has the same.
     """
-    known = target.config.vocab_size if vocab_size is None else min(vocab_size, target.config.vocab_size)
-    rows = np.linspace(0, known - 1, SAMPLED_ROWS).astype(np.int32)
+    rows = np.arange(min(ROWS, target.config.vocab_size), dtype=np.int32)
     with mesh_scope():
         copies = np.tile(rows, (axis_size(*BATCH), 1))
         embedded = _embedded(target, put(copies, SPECS.act_bt))
@@ -101,21 +99,17 @@ def read_fingerprint(folder: str | Path) -> TargetFingerprint | None:
     return TargetFingerprint(**value)
 
 
-def fingerprint_warning(
-    recorded: TargetFingerprint | None, served: TargetFingerprint, base_name: str | None = None
-) -> str | None:
-    """One sentence naming what differs between the target a draft was trained for and the one served, or None.
-
-    base_name: of the former, where it is known.
-    """
+def fingerprint_warning(recorded: TargetFingerprint | None, served: TargetFingerprint) -> str | None:
+    """One sentence naming what differs between the target a draft was trained for and the one served, or None."""
     if recorded is None:
         return None
     pairs = ((f.name, getattr(recorded, f.name), getattr(served, f.name)) for f in fields(TargetFingerprint))
     differing = [MEANING[name] for name, a, b in pairs if a is not None and b is not None and a != b]
     if not differing:
         return None
-    target = "another target" if base_name is None else f"another target ({base_name})"
-    return f"the draft was trained for {target}: {'; '.join(differing)}. Output stays exact, but expect it slower."
+    return (
+        f"the draft was trained for another target: {'; '.join(differing)}. Output stays exact, but expect it slower."
+    )
 
 
 def _hash(data: bytes) -> str:
