@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipes.add_argument("spec", help="YAML file of variants, such as configs/recipes/quickstart.yaml")
     recipes.add_argument("--out", required=True, type=Path, help="folder of the runs and of the table; continued")
     recipes.set_defaults(json=None)
-    args = parser.parse_args(argv)
+    args = _parse(parser, argv)
     if any(size < 2 for size in getattr(args, "vocab_size", ())):
         raise InputError(f"--vocab-size is {min(args.vocab_size)}; give at least 2")
     for name, least in (("runs", 1), ("limit", 1), ("steps", 1), ("warmup", 0)):
@@ -58,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if args.command == "decode" and args.out is not None:
         write_decode_folder(args.out, content)
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with overrides before or after options, which argparse does not take of subcommands."""
+    args, others = parser.parse_known_args(argv)
+    if others and ("overrides" not in args or any(other.startswith("-") for other in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    if others:
+        args.overrides += others
+    return args
 
 
 def _add_train(commands: Any) -> None:

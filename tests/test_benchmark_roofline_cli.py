@@ -43,6 +43,15 @@ def test_a_dflash_draft_on_a_known_device(tmp_path: Path) -> None:
     assert (row["way"], row["speedup"]) == ("draft, then verify", {})
 
 
+def test_settings_may_follow_options(tmp_path: Path) -> None:
+    reports = []
+    for arguments in (("draft.block_size=3", "loss.gamma=2", *H200), ("draft.block_size=3", *H200, "loss.gamma=2")):
+        main(["roofline", write_config(tmp_path), *arguments, "--json", str(tmp_path / "report.json")])
+        reports.append(json.loads((tmp_path / "report.json").read_text())["roofline"])
+    assert reports[0] == reports[1]
+    assert reports[0]["rows"][0]["draft_tokens"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -51,6 +60,8 @@ def test_a_dflash_draft_on_a_known_device(tmp_path: Path) -> None:
         (("--device", "abacus"), "--device abacus is not known; give --tflops and --gb-s, or one of TPU v4"),
         ((*H200, "--gb-s", "1"), "leave --tflops and --gb-s out, or --device"),
         (("--tflops", "nan", "--gb-s", "1"), "--tflops is nan and --gb-s is 1; both must be finite and above 0"),
+        ((*H200, "--devise", "a=b"), "unrecognized arguments: --devise a=b"),
+        ((*H200, "a=b"), "with a=b: unknown key a"),
         ((*H200, "--batch-size", "0"), "--batch-size is 0; give a number from 1 on"),
         ((*H200, "--acceptance", "0.5"), "--acceptance is 0.5; give a number from 1 on"),
         ((*H200, "--draft-tokens", "9"), "--draft-tokens is 9; draft.block_size is 4: give 1 to 3"),
