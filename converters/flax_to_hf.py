@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from specjax.config import load_config
 from specjax.errors import InputError, exit_on_input_error
 from specjax.models.decoder import Decoder
 from specjax.models.dflash import DFlashDraft
 from specjax.models.lora_draft import LoRADraft
 from specjax.weights import load_checkpoint, load_run_params, read_fingerprint, save_draft, save_target
+from specjax.weights.config_fields import read_json
 from specjax.weights.fingerprint import FINGERPRINT_FILE
 from specjax.weights.load import CONFIG_FILE
 from specjax.weights.orbax_checkpoint import CHECKPOINT, RUN_CHECKPOINTS, RUN_TARGET_CONFIG, checkpoint_dtype
@@ -27,7 +26,6 @@ from specjax.weights.side_files import copy_side_files, unshaping_fields
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS: dict[type, str] = {Decoder: "hf", DFlashDraft: "zlab", LoRADraft: "peft"}
-HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 
 
 def step_argument(text: str) -> str | int:
@@ -90,13 +88,11 @@ def _read(source: Path, step: Any) -> tuple[Decoder | DFlashDraft | LoRADraft, A
 
 def _target_name(run: Path) -> str | None:
     """The target of a run as PEFT finds it, by path or hub id; None where it cannot."""
-    from specjax.training.run import CONFIG_FILE as RUN_CONFIG
+    from specjax.training.run import METADATA_FILE, TARGET_NAME
 
-    name = load_config(run / RUN_CONFIG).target.path
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return str(folder.resolve())
-    return name if re.fullmatch(HUB_ID, name) else None
+    path = run / METADATA_FILE
+    name = read_json(path).get(TARGET_NAME) if path.exists() else None
+    return None if name is None or (Path(name).is_absolute() and not Path(name).is_dir()) else str(name)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with overrides before or after options, which argparse does not take of subcommands."""
+    """The arguments, with overrides before or after options, which argparse does not take of subcommands.
+
+    An option of several values takes overrides that follow it for values.
+    """
     args, others = parser.parse_known_args(argv)
     if others and ("overrides" not in args or any(other.startswith("-") for other in others)):
         parser.error(f"unrecognized arguments: {' '.join(others)}")

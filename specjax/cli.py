@@ -199,12 +199,12 @@ def _load_draft(
     thinking = json.dumps(args.chat_template_kwargs, sort_keys=True)
     served = weights.target_fingerprint(target, chat_template=template, thinking=thinking)
     recorded = weights.read_fingerprint(folder)
-    if isinstance(draft, LoRADraft) and recorded is not None and recorded.embedding != served.embedding:
+    if isinstance(draft, LoRADraft) and recorded is not None and "first_rows" in recorded.differs(served):
         name = weights.adapter_base_name(folder)
         raise InputError(
             f"{args.draft}: its adapters were trained on another base{f' ({name})' if name else ''}: the weights of "
             f"--target {args.target} differ; give that base, or train adapters for this one. To draft with them all "
-            f"the same, set target_fingerprint to null in {folder / FINGERPRINT_FILE}"
+            f"the same, set target_fingerprint to null in {FINGERPRINT_FILE} of a copy"
         )
     for warning in (
         weights.fingerprint_warning(recorded, served),

@@ -236,7 +236,7 @@ def answer_files(
     train_file, validation_file = Path(config.data.weighted_sources[0][0]), Path(config.data.validation[0])
     recipe = train_file.with_name("recipe.json")
     wanted = {
-        "target": weights.target_fingerprint(target).embedding,
+        "target": weights.target_digest(config.target.path),
         "train_prompts": prompt_counts(sizes.train_prompts),
         "heldout_prompts": prompt_counts(sizes.heldout_prompts),  # the validation prompts are those that follow
         "max_new_tokens": sizes.max_new_tokens,

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic import BaseModel
 
+from specjax import benchmark
 from specjax.config import RunConfig, parse_config, validated
 from specjax.recipes import Spec
 
@@ -92,8 +93,9 @@ def test_a_command_parses(page: str, command: str, monkeypatch: pytest.MonkeyPat
 
         return parse_and_stop
 
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
+    parsers = [(argparse.ArgumentParser, "parse_args"), (argparse.ArgumentParser, "parse_intermixed_args")]
+    for owner, name in (*parsers, (benchmark, "_parse")):
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 0

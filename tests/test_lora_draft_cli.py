@@ -95,20 +95,23 @@ def test_another_chat_template_is_warned_of(folder: Path, capsys: pytest.Capture
     )
 
 
-def test_adapters_of_another_base_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "known"), [("lora", f" ({BASE_NAME})"), ("run", "")])
+def test_adapters_of_another_base_are_refused(
+    name: str, known: str, folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     """Of the same shape, which only the recorded fingerprint tells; it can be set aside."""
     target = load_target(folder / "target", dtype=jnp.float32)
     weight = target.embed_tokens.weight
     weight[...] = -weight[...]
     save_target(target, shutil.copytree(folder / "target", tmp_path / "target"), jnp.float32)
-    draft = shutil.copytree(folder / "lora", tmp_path / "lora")
+    draft = shutil.copytree(folder / name, tmp_path / name)
     with pytest.raises(SystemExit, match="2"):
-        answer(tmp_path, "lora", capsys)
-    assert f"{draft}: its adapters were trained on another base ({BASE_NAME})" in capsys.readouterr().err
+        answer(tmp_path, name, capsys)
+    assert f"{draft}: its adapters were trained on another base{known}: the weights" in capsys.readouterr().err
     side = json.loads((draft / "specjax.json").read_text())
     (draft / "specjax.json").write_text(json.dumps(side | {"target_fingerprint": None}))
     plain, _ = answer(tmp_path, None, capsys)
-    drafted, warnings = answer(tmp_path, "lora", capsys)
+    drafted, warnings = answer(tmp_path, name, capsys)
     assert (drafted["tokens"], warnings) == (plain["tokens"], "")
 
 

@@ -35,14 +35,16 @@ from specjax.training.optimizer import learning_rate_schedule, make_optimizer
 from specjax.training.state import TrainState
 from specjax.training.step import make_train_step
 from specjax.training.tasks import Task, causal_lm_task, compute_dtype, draft_config_of, draft_task
-from specjax.weights import model_folder, read_target_config, target_digest
+from specjax.weights import model_folder, model_name, read_fingerprint, read_target_config, target_digest
 from specjax.weights.config_fields import read_json
+from specjax.weights.fingerprint import FINGERPRINT_FILE, RECORDED, TargetFingerprint
 from specjax.weights.orbax_checkpoint import RUN_DRAFT_CONFIG, latest_step
 from specjax.weights.side_files import copy_side_files
 from specjax.weights.tokenizer import load_tokenizer, stop_token_ids
 
 CONFIG_FILE = "config.yaml"
 METADATA_FILE = "metadata.json"
+TARGET_NAME = "target"  # in the metadata: by which the export says of what model it is
 DATA_FILE = "data.json"
 # Sections, and settings of others, that a resumed run may change: they touch the sequence of updates by rounding alone.
 FREE_ON_RESUME = ("checkpoint", "evaluation", "logging", "mesh", "output_dir")
@@ -278,7 +280,7 @@ def _write_files(run: Path, config: RunConfig, files: dict[str, Any]) -> None:
     resumes = latest_step(run) is not None
     for name, value in files.items():
         path = run / name
-        if resumes and path.exists() and read_json(path) != json.loads(json.dumps(value)):
+        if resumes and path.exists() and not _same(path, value):
             changed = f"another target or mask token than {config.target.path} has now; restore it"
             if name == DATA_FILE:
                 changed = "other files of data.train or data.validation than there are now; restore them"
@@ -286,16 +288,25 @@ def _write_files(run: Path, config: RunConfig, files: dict[str, Any]) -> None:
                 found = [_differences(key, old, value[key]) for key, old in read_json(path).items() if key in value]
                 changed = f"other adapters: {'; '.join(chain(*found))}; restore them"
             raise InputError(f"{path}: the run to resume was made with {changed} or choose another output_dir")
+    metadata = run_metadata() | {TARGET_NAME: model_name(config.target.path)}
     try:
         run.mkdir(parents=True, exist_ok=True)
         if config.kind == "causal_lm":
             copy_side_files(model_folder(config.target.path), run)
-        for name, value in (files | {METADATA_FILE: run_metadata()}).items():
+        for name, value in (files | {METADATA_FILE: metadata}).items():
             (run / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         # Last: without the metadata it is a file of the user's, which must not be replaced.
         (run / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise InputError(f"output_dir {run}: cannot be written ({error.strerror}); choose another folder") from error
+
+
+def _same(path: Path, value: Any) -> bool:
+    """Whether the file at `path` says what is to be written there."""
+    if path.name == FINGERPRINT_FILE:
+        recorded = read_fingerprint(path.parent)
+        return recorded is None or not recorded.differs(TargetFingerprint(**value[RECORDED]))
+    return bool(read_json(path) == json.loads(json.dumps(value)))
 
 
 def _on_first_process(action: Callable[[], None]) -> None:

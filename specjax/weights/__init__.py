@@ -31,7 +31,7 @@ from specjax.weights.peft import (
     load_adapters,
     save_adapters,
 )
-from specjax.weights.safetensors_files import model_folder
+from specjax.weights.safetensors_files import model_folder, model_name
 from specjax.weights.save import save_target
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "lora_draft_config_from_json",
     "lora_draft_config_to_json",
     "model_folder",
+    "model_name",
     "read_draft_config",
     "read_fingerprint",
     "read_run_draft_config",

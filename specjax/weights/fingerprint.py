@@ -29,7 +29,7 @@ UNKNOWN: dict[str, Any] = {RECORDED: None}  # where the file says other things o
 ROWS = 64  # the first ones: common tokens, which a target that gets more rows keeps where they are
 
 MEANING = {
-    "embedding": "the target's weights differ",
+    "first_rows": "the target's weights differ",
     "chat_template": "the chat template differs",
     "thinking": "the thinking mode differs",
 }
@@ -37,17 +37,22 @@ MEANING = {
 
 @dataclass(frozen=True)
 class TargetFingerprint:
-    """embedding: hash of the first embedding rows in bf16; chat_template: hash of its text; thinking: mode of the chat.
+    """first_rows: hash of embedding rows in bf16; chat_template: hash of its text; thinking: mode of the chat.
 
     A field that is None was not known when the fingerprint was taken, and is not compared.
     """
 
-    embedding: str
+    first_rows: str | None = None
     chat_template: str | None = None
     thinking: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {RECORDED: asdict(self)}
+
+    def differs(self, other: TargetFingerprint) -> list[str]:
+        """Names of the fields that are known of both, and differ."""
+        pairs = ((f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return [name for name, a, b in pairs if a is not None and b is not None and a != b]
 
 
 def target_fingerprint(
@@ -86,7 +91,10 @@ def target_digest(path_or_id: str | Path) -> str:
 
 
 def read_fingerprint(folder: str | Path) -> TargetFingerprint | None:
-    """The fingerprint recorded in a draft folder or training run; None where none is."""
+    """The fingerprint recorded in a draft folder or training run; None where none is.
+
+    What another version of specjax recorded besides is passed over.
+    """
     path = Path(folder) / FINGERPRINT_FILE
     if not path.exists():
         return None
@@ -94,22 +102,20 @@ def read_fingerprint(folder: str | Path) -> TargetFingerprint | None:
     value = recorded.get(RECORDED)
     if value is None and RECORDED in recorded:
         return None
-    if not isinstance(value, dict) or set(value) != {f.name for f in fields(TargetFingerprint)}:
-        raise InputError(f"{path}: {RECORDED} is {value!r}; export the draft again, or set it to null")
-    return TargetFingerprint(**value)
+    if isinstance(value, dict):
+        known = {f.name: value.get(f.name) for f in fields(TargetFingerprint)}
+        if all(entry is None or isinstance(entry, str) for entry in known.values()):
+            return TargetFingerprint(**known)
+    raise InputError(f"{path}: {RECORDED} is {value!r}; export the draft again, or set it to null")
 
 
 def fingerprint_warning(recorded: TargetFingerprint | None, served: TargetFingerprint) -> str | None:
     """One sentence naming what differs between the target a draft was trained for and the one served, or None."""
-    if recorded is None:
-        return None
-    pairs = ((f.name, getattr(recorded, f.name), getattr(served, f.name)) for f in fields(TargetFingerprint))
-    differing = [MEANING[name] for name, a, b in pairs if a is not None and b is not None and a != b]
+    differing = [] if recorded is None else [MEANING[name] for name in recorded.differs(served)]
     if not differing:
         return None
-    return (
-        f"the draft was trained for another target: {'; '.join(differing)}. Output stays exact, but expect it slower."
-    )
+    differences = "; ".join(differing)
+    return f"the draft was trained for another target: {differences}. Output stays exact, but expect it slower."
 
 
 def _hash(data: bytes) -> str:

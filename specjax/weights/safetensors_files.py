@@ -60,6 +60,14 @@ def model_folder(path_or_id: str | Path, *, weights: bool = True) -> Path:
     return _download(name, weights)
 
 
+def model_name(path_or_id: str | Path) -> str | None:
+    """By what a program in any folder finds a model: a folder's absolute path, or the hub id; None of `embedded`."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return str(path.resolve())
+    return None if str(path_or_id) == EMBEDDED else str(path_or_id)
+
+
 def _download(repo_id: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled

@@ -64,6 +64,7 @@ def test_a_run_learns_and_its_adapters_alone_are_saved(run: Path, target_folder:
     layers = read_target_config(target_folder).num_hidden_layers
     assert len(saved) == 2 * 7 * layers + 1
     assert all(float(jnp.abs(x).max()) > 0 for x in saved.values()), "every b has moved away from zero"
+    assert json.loads((run / "metadata.json").read_text())["target"] == str(target_folder.resolve())
 
 
 def test_a_resumed_run_is_the_uninterrupted_run(run: Path, raw: dict[str, Any]) -> None:

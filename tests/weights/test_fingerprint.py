@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from specjax.errors import InputError
@@ -17,6 +19,7 @@ from specjax.weights import (
     save_target,
     target_fingerprint,
 )
+from specjax.weights.fingerprint import TargetFingerprint
 from tests.weights.tiny import draft_config, raw_config, tiny_decoder, tiny_draft
 
 
@@ -58,12 +61,22 @@ def test_what_differs_is_named(folder: Path, tmp_path: Path) -> None:
     assert "the chat template differs" in warning(chat_template="{{ y }}")
     assert "the thinking mode differs" in warning(thinking="on")
     weight = target.embed_tokens.weight
-    weight[...] = -weight[...]
+    weight[...] = weight[...] * np.where(np.arange(64) == 63, -1, 1).astype(jnp.bfloat16)[:, None]
     assert "the target's weights differ" in warning()
 
 
-def test_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+def test_what_another_version_recorded_is_not_compared(tmp_path: Path) -> None:
     assert read_fingerprint(tmp_path) is None
-    (tmp_path / "specjax.json").write_text(json.dumps({"target_fingerprint": {"embedding": "x"}}))
+    old = {"embedding": "x", "chat_template": "y", "thinking": None}
+    (tmp_path / "specjax.json").write_text(json.dumps({"target_fingerprint": old}))
+    recorded = read_fingerprint(tmp_path)
+    assert recorded == TargetFingerprint(None, "y")
+    assert recorded.differs(TargetFingerprint("z", "y", "on")) == []
+    assert recorded.differs(TargetFingerprint("z", "x", "on")) == ["chat_template"]
+
+
+@pytest.mark.parametrize("value", [{"first_rows": 1}, ["first_rows"], "x"])
+def test_a_damaged_record_is_an_error(tmp_path: Path, value: Any) -> None:
+    (tmp_path / "specjax.json").write_text(json.dumps({"target_fingerprint": value}))
     with pytest.raises(InputError, match="target_fingerprint"):
         read_fingerprint(tmp_path)

@@ -14,7 +14,6 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 from converters import flax_to_hf, hf_to_flax
-from specjax.config import dump_config, parse_config
 from specjax.errors import InputError
 from specjax.models.lora_draft import LoRADraft
 from specjax.models.sharding import mesh_scope
@@ -26,6 +25,7 @@ from specjax.weights import (
     load_run_draft,
     load_run_params,
     lora_draft_config_to_json,
+    model_name,
     read_fingerprint,
     read_run_draft_config,
     save_adapters,
@@ -49,23 +49,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
-    write_config(folder, "OWNER/NAME")
     with mesh_scope(), ocp.training.Checkpointer(folder / "checkpoints") as checkpointer:
         for step, score in ((1, 2.5), (2, 1.5)):
             params = {path: array + step for path, array in flat_params(draft).items()}
             checkpointer.save_checkpointables(step, {"params": params}, metrics={"score": score})
     return folder
-
-
-def write_config(run: Path, target: str) -> None:
-    raw: dict[str, Any] = {
-        "output_dir": str(run),
-        "target": {"path": target},
-        "draft": {"num_layers": 1, "block_size": 4, "mask_token_id": 63},
-        "data": {"train": ["train.jsonl"]},
-        "loss": {"gamma": 2.0},
-    }
-    (run / "config.yaml").write_text(dump_config(parse_config(raw, "test")))
 
 
 def expected(step: int) -> dict[str, np.ndarray]:
@@ -98,16 +86,27 @@ def test_runs_are_exported(run: Path, tmp_path: Path, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "name"),
-    [("OWNER/NAME", "OWNER/NAME"), ("FOLDER/target", "FOLDER/target"), ("FOLDER/gone", None), ("embedded", None)],
+    ("recorded", "name"),
+    [("OWNER/NAME", "OWNER/NAME"), ("FOLDER/target", "FOLDER/target"), ("FOLDER/gone", None), (None, None)],
 )
-def test_the_export_names_a_target_that_peft_finds(run: Path, tmp_path: Path, target: str, name: str | None) -> None:
+def test_the_export_names_a_target_that_peft_finds(
+    run: Path, tmp_path: Path, recorded: str | None, name: str | None
+) -> None:
     (tmp_path / "target").mkdir()
     source = shutil.copytree(run, tmp_path / "run")
-    write_config(source, target.replace("FOLDER", str(tmp_path)))
+    metadata = {"target": recorded and recorded.replace("FOLDER", str(tmp_path))}
+    (source / "metadata.json").write_text(json.dumps(metadata))
     flax_to_hf.main([str(source), str(tmp_path / "out")])
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
-    assert written == (None if name is None else name.replace("FOLDER", str(tmp_path)))
+    assert written == (name and name.replace("FOLDER", str(tmp_path)))
+
+
+def test_a_target_has_its_name_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs" / "target").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert model_name("runs/target") == str(tmp_path / "runs" / "target")
+    assert model_name("OWNER/NAME") == "OWNER/NAME"
+    assert model_name("embedded") is None
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -46,7 +46,7 @@ with jax.set_mesh(make_mesh(1, 4, 1, devices=jax.devices())):
         save_checkpoint(target, f"{folder}/checkpoint", {})
     except InputError as error:
         refused = str(error)
-print(json.dumps({"elements": elements, "embedding": fingerprint.embedding, "refused": refused}))
+print(json.dumps({"elements": elements, "first_rows": fingerprint.first_rows, "refused": refused}))
 """
 
 
@@ -79,7 +79,7 @@ def test_each_process_reads_its_half_and_together_they_write_the_whole(tmp_path:
         # [48, 32], its inputs split over four devices, two of them here; norms are replicated and read whole.
         assert result["elements"][up] == 48 * 32 // 2
         assert result["elements"]["model.norm.weight"] == 32
-        assert result["embedding"] == target_fingerprint(decoder).embedding
+        assert result["first_rows"] == target_fingerprint(decoder).first_rows
         assert "exists; give a new folder" in result["refused"]
     for name in ("saved", "restored"):
         assert_same_params(load_target(tmp_path / name), decoder)
