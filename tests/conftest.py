@@ -31,7 +31,7 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
 def programs_of_one_file() -> Iterator[None]:
     """Drops compiled programs after each file.
 
-    Each takes about ten memory maps, of which Linux grants a process 65,530; without room for more LLVM crashes.
+    Each takes several memory maps, of which Linux grants a process 65,530; without room for more LLVM crashes.
     """
     yield
     import jax

@@ -45,7 +45,7 @@ def test_a_dflash_draft_on_a_known_device(tmp_path: Path) -> None:
 
 def test_settings_may_follow_options(tmp_path: Path) -> None:
     reports = []
-    for arguments in (("draft.block_size=3", "loss.gamma=2", *H200), ("draft.block_size=3", *H200, "loss.gamma=2")):
+    for arguments in (("loss.gamma=2", "draft.block_size=3", *H200), ("loss.gamma=2", *H200, "draft.block_size=3")):
         main(["roofline", write_config(tmp_path), *arguments, "--json", str(tmp_path / "report.json")])
         reports.append(json.loads((tmp_path / "report.json").read_text())["roofline"])
     assert reports[0] == reports[1]
